@@ -1,0 +1,230 @@
+"""The parts that every later chapter swaps: norm, gated feed-forward, rotary positions, attention, training loop.
+
+Generated from chapters/02_baseline.ipynb; edit the chapter, not this file.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.layers import RMSNorm, SwiGLU, apply_rope, config_frequencies, rope_amplitude, rope_table
+
+# What is attention, without and with a cache?
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device | None = None) -> Tensor:
+    """(T, S) boolean, True where the query may look; the last query sits at the last key."""
+    return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T scale) v with minus infinity above the diagonal.
+
+    q: (B, T, H, Dk), k: (B, S, H, Dk), v: (B, S, H, Dv) -> (B, T, H, Dv). The T queries are the last T positions.
+    """
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    scores = scores.masked_fill(~causal_mask(q.shape[1], k.shape[1], q.device), float("-inf"))
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`attention_reference` by torch's fused kernel; fewer key heads than query heads are shared out in order."""
+    n_queries, n_keys, v_dim = q.shape[1], k.shape[1], v.shape[-1]
+    if v_dim < k.shape[-1]:  # with unequal widths torch takes its slow path on CPU: three times the time
+        v = F.pad(v, (0, k.shape[-1] - v_dim))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, ...)
+    mask = causal_mask(n_queries, n_keys, q.device) if 1 < n_queries < n_keys else None
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=n_queries == n_keys, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)[..., :v_dim]
+
+
+class Cache:
+    """Preallocated tensors that fill along dim 1 as tokens arrive: keys and values, or MLA's latents.
+
+    shapes: one (B, capacity, ...) per tensor. Raises ValueError when more positions arrive than it holds.
+    """
+
+    def __init__(self, *shapes: Sequence[int], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+        self.tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.length = 0
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        """Store (B, T, ...) each, return everything stored so far, (B, S, ...) each."""
+        start, end = self.length, self.length + new[0].shape[1]
+        if end > self.tensors[0].shape[1]:
+            raise ValueError(f"cache holds {self.tensors[0].shape[1]} positions, {end} are needed")
+        for tensor, values in zip(self.tensors, new, strict=True):
+            tensor[:, start:end] = values
+        self.length = end
+        return [tensor[:, :end] for tensor in self.tensors]
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        self.length = min(self.length, length)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RoPE; fewer `n_kv_heads` make it grouped-query, one makes it multi-query.
+
+    forward: (B, T, D) and the rope table of its T positions -> (B, T, D).
+    """
+
+    def __init__(self, config: ModelConfig, n_kv_heads: int | None = None):
+        super().__init__()
+        self.n_heads, self.head_dim = config.num_attention_heads, config.v_head_dim
+        self.n_kv_heads = n_kv_heads or self.n_heads
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads={n_kv_heads} must divide num_attention_heads={self.n_heads}")
+        self.rope_dim, self.scale = self.head_dim, self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)  # (B, T, H, head_dim)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, S, n_kv_heads, head_dim)
+        return self.o_proj(causal_attention(q, k, v, self.scale).flatten(2))
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `capacity` positions."""
+        shape, weight = (batch, capacity, self.n_kv_heads, self.head_dim), self.k_proj.weight
+        return Cache(shape, shape, dtype=weight.dtype, device=weight.device)
+
+
+# How do the parts become a language model?
+
+
+def dense_feed_forward(config: ModelConfig, layer_idx: int) -> SwiGLU:
+    """The same SwiGLU in every layer."""
+    return SwiGLU(config.hidden_size, config.intermediate_size)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, attention: nn.Module, feed_forward: nn.Module):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = feed_forward
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm: token ids (B, T) -> hidden states (B, T, D)."""
+
+    def __init__(self, config: ModelConfig, attention: Callable, feed_forward: Callable):
+        super().__init__()
+        self.n_layers = config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, attention(config), feed_forward(config, layer_idx)) for layer_idx in range(self.n_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        with torch.device("cpu"):  # real numbers even where the weights are laid out on the meta device
+            frequencies = config_frequencies(config, self.layers[0].self_attn.rope_dim)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.rope_amplitude = rope_amplitude(config)
+
+    def rope(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions start .. start + length - 1."""
+        positions = torch.arange(start, start + length, device=self.frequencies.device)
+        return rope_table(positions, self.frequencies, self.rope_amplitude)
+
+    def forward(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        rope = self.rope(caches[0].length if caches else 0, input_ids.shape[1])
+        for layer, cache in zip(self.layers, caches or [None] * self.n_layers, strict=False):
+            x = layer(x, rope, cache)
+        return self.norm(x)
+
+
+class LanguageModel(nn.Module):
+    """A decoder whose attention and feed-forward parts can be swapped: (B, T) token ids -> (B, T, V) logits.
+
+    attention: config -> module;  feed_forward: (config, layer_idx) -> module.
+    """
+
+    def __init__(
+        self, config: ModelConfig, attention: Callable = Attention, feed_forward: Callable = dense_feed_forward
+    ):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config, attention, feed_forward)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        initialise(self, config.initializer_range)
+
+    def forward(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        return self.lm_head(self.model(input_ids, caches))
+
+    def new_caches(self, batch: int, capacity: int) -> list[Cache]:
+        """One empty cache a layer."""
+        return [layer.self_attn.new_cache(batch, capacity) for layer in self.model.layers]
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """Draw every matrix from a normal distribution of deviation `std`; gains of norms stay at one."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=std)
+
+
+# Can it learn, and how far is it from perfect?
+
+
+def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of each token given the ones before it; windows: (B, T + 1) token ids."""
+    logits = model(windows[:, :-1])  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def fit(
+    model: nn.Module,
+    batches,
+    steps: int,
+    *,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.1,
+    warmup: int = 20,
+    loss_fn: Callable = next_token_loss,
+    after_step: Callable | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Train with AdamW, warm-up and clipping at norm 1; return the loss of every step.
+
+    batches.batch(step) gives the windows of a step; after_step(step, loss) is called when the weights have moved.
+    """
+    if steps < 0:
+        raise ValueError(f"steps={steps} must be 0 or more")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    losses, bar = [], tqdm(range(steps), disable=not progress, unit="step")
+    for step in bar:
+        loss = loss_fn(model, batches.batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        if after_step:
+            after_step(step, losses[-1])
+    return losses

@@ -1,0 +1,77 @@
+"""Draft of model.py."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from dsv3_mini.baseline import Cache, Transformer, initialise
+from dsv3_mini.checkpoint import find_folder, load_weights, locate_tensors, save_weights
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.mla import MLA
+from dsv3_mini.moe import moe_feed_forward
+from dsv3_mini.mtp import MTPLayer
+
+
+class DeepSeekV3(nn.Module):
+    """The whole model: MLA, DeepSeekMoE, multi-token prediction; parameters named as in the published checkpoint.
+
+    model(input_ids): (B, T) token ids -> (B, T, V) logits of the main model.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config, MLA, moe_feed_forward)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for depth in range(config.num_nextn_predict_layers):
+            feed_forward = moe_feed_forward(config, config.num_hidden_layers + depth)
+            layer = MTPLayer(config, MLA(config), feed_forward, self.model.embed_tokens, self.lm_head)
+            self.model.layers.append(layer)
+        initialise(self, config.initializer_range)
+
+    @property
+    def mtp_layers(self) -> list[MTPLayer]:
+        """The multi-token prediction modules, which the checkpoint numbers after the main layers."""
+        return list(self.model.layers)[self.config.num_hidden_layers :]
+
+    def forward(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        return self.lm_head(self.model(input_ids, caches))
+
+    def new_caches(self, batch: int, capacity: int, mtp: bool = False) -> list[Cache]:
+        """One empty latent cache for each main layer, and for each MTP layer where asked."""
+        layers = list(self.model.layers) if mtp else list(self.model.layers)[: self.config.num_hidden_layers]
+        return [layer.self_attn.new_cache(batch, capacity) for layer in layers]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "DeepSeekV3":
+        """Open the published layout, from a folder or the Hugging Face hub.
+
+        dtype: None keeps the stored one; float8 weights are dequantised. A folder without the MTP layers that its config
+        promises (transformers writes such) opens without them. Errors name the file or the tensor.
+        """
+        folder = find_folder(folder_or_hub_id)
+        config = ModelConfig.from_pretrained(folder)
+        mtp = tuple(f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers or 1))
+        if not any(name.startswith(mtp) for name in locate_tensors(folder)):
+            config = config.replace(num_nextn_predict_layers=0)
+        with torch.device("meta"):
+            model = cls(config)
+        ignore = () if config.num_nextn_predict_layers else mtp
+        model.load_state_dict(load_weights(model.state_dict(), folder, dtype, ignore), assign=True)
+        return model.to(device)
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, **options) -> None:
+        """Write config.json and the weights in the published layout; options as in `save_weights`.
+
+        dtype: torch.bfloat16 or torch.float32, None for the model's own.
+        """
+        dtype = dtype or self.lm_head.weight.dtype
+        save_weights(self.state_dict(), folder, dtype, **options)
+        changes = {"torch_dtype": str(dtype).removeprefix("torch."), "quantization_config": None}
+        self.config.replace(**changes).save_pretrained(folder)

@@ -1,0 +1,276 @@
+"""Draft of train.py."""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dsv3_mini.balance import BiasBalancer, sequence_balance_loss
+from dsv3_mini.checkpoint import make_folder
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.data import Batches, bits_per_byte, encode, folder_corpus, pack, python_corpus, train_tokenizer
+from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.moe import record_routing
+from dsv3_mini.mtp import mtp_losses
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a run needs to be repeated: model, data, recipe, seed."""
+
+    preset: str = "nano"
+    data: str | None = None  # a folder of text; None is the standard library
+    steps: int = 600
+    batch_size: int = 16
+    seq_len: int = 128
+    learning_rate: float = 3e-3
+    warmup: int = 30
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    mtp_weight: float = 0.3  # lambda
+    gamma: float = 0.001  # bias update speed
+    alpha: float = 1e-4  # sequence-wise balance loss factor
+    fim_rate: float = 0.1
+    max_bytes: int | None = None
+    seed: int = 0
+    checkpoint_every: int = 200
+    validate_every: int = 100
+
+    def __post_init__(self):
+        for name in ("batch_size", "seq_len", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("steps", "warmup", "learning_rate", "mtp_weight", "gamma", "alpha", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.fim_rate <= 1:
+            raise ValueError(f"fim_rate={self.fim_rate} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A tokenizer and the windows (n, seq_len + 1) that it cut from a corpus."""
+
+    tokenizer: Tokenizer
+    train: Tensor
+    valid: Tensor
+    bytes_per_token: float
+    sha256: str
+
+
+def prepare(options: TrainOptions, vocab_size: int) -> Dataset:
+    """Read the corpus, train its tokenizer, cut both splits into windows; fill-in-the-middle in training only."""
+    corpus = folder_corpus(options.data, max_bytes=options.max_bytes) if options.data else python_corpus(options.max_bytes)
+    tokenizer = train_tokenizer(corpus.train, vocab_size)
+    train = pack(encode(tokenizer, corpus.train, fim_rate=options.fim_rate, seed=options.seed), options.seq_len)
+    valid_documents = encode(tokenizer, corpus.valid)
+    n_bytes = sum(len(text.encode()) for text in corpus.valid)
+    bytes_per_token = n_bytes / max(1, sum(len(document) for document in valid_documents))
+    valid = pack(valid_documents, options.seq_len)
+    if not len(valid):
+        raise ValueError(f"the validation files are shorter than one window of seq_len={options.seq_len}: add text")
+    return Dataset(tokenizer, train, valid, bytes_per_token, corpus.sha256)
+
+
+def learning_rate_at(step: int, options: TrainOptions) -> float:
+    """Linear warm-up, constant, then a cosine over the last third down to a tenth."""
+    warm = min(1.0, (step + 1) / max(1, options.warmup))
+    start = options.steps * 2 / 3
+    decay = min(1.0, max(0.0, (step - start) / max(1.0, options.steps - start)))
+    return options.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * decay))
+
+
+def training_losses(model: DeepSeekV3, windows: Tensor, options: TrainOptions) -> tuple[dict[str, Tensor], list]:
+    """Every part of the loss for windows (B, T + 1), and the routings of the main layers and MTP layers."""
+    with record_routing(model) as routings:
+        h = model.model(windows[:, :-1])  # (B, T, D)
+        logits = model.lm_head(h)
+        main = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        mtp = mtp_losses(model.mtp_layers, h, windows, model.model.rope) if options.mtp_weight else []
+    top_k, batch = model.config.num_experts_per_tok, len(windows)
+    losses = {"loss": main}
+    if mtp:
+        losses["mtp"] = torch.stack(mtp).mean()
+    if routings and options.alpha:
+        losses["balance"] = torch.stack([sequence_balance_loss(r.scores, top_k, batch) for r in routings]).mean()
+    return losses, routings
+
+
+def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95); matrices decay, gains of norms do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    gains = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
+
+
+@torch.no_grad()
+def validation_loss(model: DeepSeekV3, windows: Tensor, batch_size: int, max_windows: int = 128) -> float:
+    """Mean nats a token of the main head over the first windows."""
+    total, count = 0.0, 0
+    for batch in windows[:max_windows].split(batch_size):
+        logits = model(batch[:, :-1])
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        count += batch[:, 1:].numel()
+    return total / count
+
+
+class Run:
+    """One training run in a folder: log.jsonl, resume.safetensors while it runs, the published layout at the end."""
+
+    def __init__(self, options: TrainOptions, out: str | os.PathLike):
+        self.options, self.out, self.step = options, make_folder(out), 0
+        self.config = ModelConfig.preset(options.preset)
+        self.data = prepare(options, self.config.vocab_size)
+        self.batches = Batches(self.data.train, options.batch_size, options.seed)
+        torch.manual_seed(options.seed)
+        self.model = DeepSeekV3(self.config)
+        self.optimizer = make_optimizer(self.model, options)
+        self.balancer = BiasBalancer(self.model, options.gamma)
+
+    def train_step(self) -> dict[str, float]:
+        """One update of the weights and the routing biases; returns what the log line holds."""
+        options, started = self.options, time.perf_counter()
+        windows = self.batches.batch(self.step)
+        losses, routings = training_losses(self.model, windows, options)
+        factors = {"loss": 1.0, "mtp": options.mtp_weight, "balance": options.alpha}
+        total = sum(factors[name] * loss for name, loss in losses.items())
+        self.optimizer.zero_grad()
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {self.step}: loss {losses['loss'].item()}, gradient norm {norm.item()}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, options)
+        self.optimizer.step()
+        self.balancer.observe(routings)
+        violation = self.balancer.step()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        entry = {"step": self.step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
+        entry |= {"max_violation": round(max(violation, default=0.0), 4), "gradient_norm": round(norm.item(), 4)}
+        tokens = windows[:, 1:].numel()
+        return entry | {"tokens": self.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
+
+    def validate(self) -> dict[str, float]:
+        loss = validation_loss(self.model, self.data.valid, self.options.batch_size)
+        return {"valid_loss": round(loss, 5), "valid_bits_per_byte": round(bits_per_byte(loss, 1, self.data.bytes_per_token), 5)}
+
+    def train(self, progress: bool = True) -> DeepSeekV3:
+        """Run to the last step, logging every step; leave the published layout and tokenizer.json in the folder."""
+        options = self.options
+        bar = tqdm(total=options.steps, initial=self.step, disable=not progress, unit="step")
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
+            while self.step < options.steps:
+                entry = self.train_step()
+                last = self.step == options.steps
+                if last or self.step % options.validate_every == 0:
+                    entry |= self.validate()
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                if self.step % options.checkpoint_every == 0 and not last:
+                    self.save_resume()
+                bar.update()
+                bits = f" valid {entry['valid_bits_per_byte']:.3f} bits/byte" if "valid_loss" in entry else ""
+                bar.set_postfix_str(f"loss {entry['loss']:.3f} {entry['tokens_per_second']:.0f} tokens/s{bits}")
+        bar.close()
+        self.save_resume()
+        self.model.save_pretrained(self.out)
+        save_tokenizer(self.data.tokenizer, self.out)
+        return self.model
+
+    def save_resume(self) -> None:
+        """Everything that the next step needs, in one file that appears whole or not at all."""
+        tensors = {f"model.{name}": tensor for name, tensor in unique_state(self.model).items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        meta = {"step": str(self.step), "options": json.dumps(asdict(self.options)), "corpus": self.data.sha256}
+        partial = self.out / "resume.safetensors.partial"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=meta)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(self.out / "resume.safetensors")
+
+    def load_resume(self) -> None:
+        """Continue from resume.safetensors; the log is cut back to its step."""
+        tensors, meta = read_resume(self.out)
+        if meta["corpus"] != self.data.sha256:
+            raise ValueError(f"{self.out}: the text has changed since the checkpoint; resume needs the same files")
+        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        self.model.load_state_dict(weights, strict=False)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step = int(meta["step"])
+        cut_log(self.out / "log.jsonl", self.step)
+
+
+def unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with shared tensors (embedding and head inside the MTP layers) named once."""
+    seen, state = set(), {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor
+    return state
+
+
+def read_resume(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of OUT/resume.safetensors; one clear error if it is missing or torn."""
+    file = out / "resume.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"nothing to resume: {file} does not exist")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata()
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole checkpoint: {error}") from error
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Drop the lines that a killed run wrote after its last checkpoint."""
+    if log.exists():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        partial = log.with_name(log.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(log)
+
+
+def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    partial = out / "tokenizer.json.partial"
+    tokenizer.save(str(partial))
+    partial.replace(out / "tokenizer.json")
+
+
+def train(options: TrainOptions, out: str | os.PathLike, resume: bool = False, progress: bool = True) -> DeepSeekV3:
+    """Train, or continue, a model in folder `out`; the options of a resumed run are those of its checkpoint.
+
+    Raises ValueError if `out` already holds a run and `resume` is not asked for.
+    """
+    folder = make_folder(out)
+    if resume:
+        known = {field.name for field in fields(TrainOptions)}
+        stored = json.loads(read_resume(folder)[1]["options"])
+        options = TrainOptions(**{name: value for name, value in stored.items() if name in known})
+    elif (folder / "log.jsonl").exists():
+        raise ValueError(f"{folder} already holds a run: pass --resume to continue it, or name another folder")
+    run = Run(options, folder)
+    if resume:
+        run.load_resume()
+    return run.train(progress)
