@@ -1,7 +1,7 @@
 """Write the `#| export` cells of the chapters into the package dsv3_mini.
 
     python chapters/export.py              write the modules, format and tidy the notebooks
-    python chapters/export.py --check      change nothing; exit 1 if a module or a notebook is not as this would leave it
+    python chapters/export.py --check      change nothing; exit 1 if a module or a notebook differs from what is due
     python chapters/export.py --run NAME   execute the named chapters first (all with no name), log seconds and memory
 
 A chapter says `#| default_exp mla` once, and `#| export` (or `#| export kernels.fp8`) at the head of each cell
@@ -166,7 +166,7 @@ def run(path):
     from nbclient import NotebookClient
 
     notebook, started = read(path), time.perf_counter()
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}})
+    client = NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": path.parent}})
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)
@@ -198,7 +198,9 @@ def main(arguments=None):
     notebooks = sorted((ROOT / "chapters").rglob("[0-9]*.ipynb"))
     notebooks = [path for path in notebooks if ".ipynb_checkpoints" not in path.parts]
     if not options.check:
-        subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", *notebooks], cwd=ROOT, check=True)
+        ruff = [sys.executable, "-m", "ruff"]
+        subprocess.run([*ruff, "check", "--select", "I", "--fix", "--quiet", *notebooks], cwd=ROOT, check=True)
+        subprocess.run([*ruff, "format", "--quiet", *notebooks], cwd=ROOT, check=True)
         if options.run is not None:
             log_runs(options.run, notebooks)
     wanted = {ROOT / "dsv3_mini" / name: text for name, text in build(ROOT / "chapters").items()}

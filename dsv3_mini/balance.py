@@ -1,4 +1,4 @@
-"""Draft of balance.py."""
+"""Part of dsv3_mini; its chapter follows."""
 
 from collections.abc import Sequence
 

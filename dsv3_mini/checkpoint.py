@@ -1,4 +1,4 @@
-"""Draft of checkpoint.py."""
+"""Part of dsv3_mini; its chapter follows."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Draft."""
-import json
+"""Part of dsv3_mini; its chapter follows."""
+
 import os
 import platform
 import time
@@ -38,7 +38,7 @@ def summary(variant: str, seed: int, model: nn.Module, losses: list[float], star
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "steps": len(losses),
         "seconds": round(time.perf_counter() - started, 1),
-        "train_loss": [[step + 1, round(sum(losses[step - 9 : step + 1]) / 10, 4)] for step in range(9, len(losses), 10)],
+        "train_loss": [[n, round(sum(losses[n - 10 : n]) / 10, 4)] for n in range(10, len(losses) + 1, 10)],
     }
 
 
@@ -60,11 +60,12 @@ ATTENTIONS: dict[str, Callable] = {
 def equal_size_config(config: ModelConfig, attention: Callable) -> ModelConfig:
     """`config` with its feed-forward width chosen so that every attention gives as many parameters as MLA."""
     with torch.device("meta"):
-        missing = sum(p.numel() for p in MLA(config).parameters()) - sum(p.numel() for p in attention(config).parameters())
+        wanted, given = (sum(p.numel() for p in build(config).parameters()) for build in (MLA, attention))
+    missing = wanted - given
     return config.replace(intermediate_size=config.intermediate_size + round(missing / (3 * config.hidden_size)))
 
 
-def attention_runs(seeds: int = 3, steps: int = 200) -> Iterator[dict]:
+def attention_runs(seeds: int = 3, steps: int = 150) -> Iterator[dict]:
     """MLA, MHA, GQA and MQA at equal parameters on the standard library's text, the same batches for all."""
     corpus = python_corpus(max_bytes=3_000_000)
     tokenizer = train_tokenizer(corpus.train, 512)
@@ -83,7 +84,7 @@ def attention_runs(seeds: int = 3, steps: int = 200) -> Iterator[dict]:
             yield {**run, "corpus": corpus.sha256, "valid_loss": round(loss, 4), "valid_bits_per_byte": round(bits, 4)}
 
 
-def balance_run(variant: str, seed: int, gamma: float = 0.01, alpha: float = 0.01, steps: int = 200) -> dict:
+def balance_run(variant: str, seed: int, gamma: float = 0.01, alpha: float = 0.01, steps: int = 150) -> dict:
     """Train a small mixture on the four languages; variant "none", "auxiliary", "sequence" or "bias".
 
     alpha scales the two losses, gamma the bias step. The log adds MaxVio over time and the load by domain.
@@ -129,14 +130,14 @@ def load_by_domain(model: nn.Module, windows: Tensor, domain_idx: Tensor) -> lis
     return [torch.stack(layer, dim=1).tolist() for layer in zip(*columns, strict=True)]
 
 
-def balance_runs(seeds: int = 3, steps: int = 200) -> Iterator[dict]:
+def balance_runs(seeds: int = 3, steps: int = 150) -> Iterator[dict]:
     """No balancing, auxiliary loss, sequence-wise loss and bias, the same data for each seed."""
     for seed in range(seeds):
         for variant in ("none", "auxiliary", "sequence", "bias"):
             yield balance_run(variant, seed, steps=steps)
 
 
-def gamma_runs(seeds: int = 3, steps: int = 200) -> Iterator[dict]:
+def gamma_runs(seeds: int = 3, steps: int = 120) -> Iterator[dict]:
     """The bias update at four speeds."""
     for seed in range(seeds):
         for gamma in (0.0001, 0.001, 0.01, 0.1):

@@ -1,10 +1,13 @@
-"""Draft of generate.py."""
+"""Part of dsv3_mini; its chapter follows."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from dsv3_mini.model import DeepSeekV3
@@ -21,7 +24,7 @@ class Generation:
 
 
 def next_distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The distribution to draw from, (..., V): one-hot on the best token at temperature 0, else softmax cut to top_p."""
+    """The distribution to draw from, (..., V): one-hot at temperature 0, else a softmax cut to top_p."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     probabilities = (logits.float() / temperature).softmax(-1)
@@ -88,7 +91,8 @@ def generate(
     """
     check_request(model, input_ids, max_new_tokens, temperature, top_p)
     if speculative and (not model.mtp_layers or len(input_ids) != 1):
-        raise ValueError(f"speculative decoding needs an MTP layer and one prompt, not {len(model.mtp_layers)} and {len(input_ids)}")
+        found = f"{len(model.mtp_layers)} MTP layers and {len(input_ids)} prompts"
+        raise ValueError(f"speculative decoding needs an MTP layer and one prompt; here are {found}")
     generator = None
     if temperature > 0:
         generator = torch.Generator(device=input_ids.device)
@@ -149,3 +153,14 @@ def decode_speculative(model, input_ids, max_new_tokens, temperature, top_p, gen
             running, known = emit(token), torch.cat((draft, token), dim=1)
     result.tokens = torch.cat(new, dim=1) if new else input_ids[:, :0]
     return result
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """The tokenizer.json of a checkpoint folder; FileNotFoundError or ValueError if it is missing or torn."""
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer.json in {folder}")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise ValueError(f"{file} is not a tokenizer: {error}") from error

@@ -1,4 +1,7 @@
-"""Draft of mla.py."""
+"""Multi-head Latent Attention: keys and values of all heads rebuilt from one small cached vector.
+
+Generated from chapters/03_latent_attention.ipynb; edit the chapter, not this file.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +9,28 @@ from torch import Tensor, nn
 from dsv3_mini.baseline import Cache, causal_attention, causal_mask
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import RMSNorm, apply_rope, softmax_scale
+
+# What does the training form compute?
+
+
+def mla_reference(x: Tensor, w: dict[str, Tensor], rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
+    """Equations 1-11 for one batch, token pairs written out: (B, T, D) -> (B, T, D); w: the layer's state dict."""
+    h, nope = config.num_attention_heads, config.qk_nope_head_dim
+
+    def norm(c, weight):
+        return c * torch.rsqrt(c.square().mean(-1, keepdim=True) + config.rms_norm_eps) * weight
+
+    c_q = norm(x @ w["q_a_proj.weight"].T, w["q_a_layernorm.weight"])
+    q = (c_q @ w["q_b_proj.weight"].T).unflatten(-1, (h, -1))  # (B, T, H, nope + rope)
+    down = x @ w["kv_a_proj_with_mqa.weight"].T  # (B, T, C + rope)
+    c_kv = norm(down[..., : config.kv_lora_rank], w["kv_a_layernorm.weight"])
+    k_pe = apply_rope(down[..., None, config.kv_lora_rank :], rope)  # (B, T, 1, rope), from x, one for all heads
+    kv = (c_kv @ w["kv_b_proj.weight"].T).unflatten(-1, (h, -1))  # (B, T, H, nope + v)
+    scores = torch.einsum("bthn,bshn->bhts", q[..., :nope], kv[..., :nope])
+    scores = scores + torch.einsum("bthr,bsr->bhts", apply_rope(q[..., nope:], rope), k_pe.squeeze(2))
+    scores = scores * softmax_scale(config) + torch.full_like(scores, float("-inf")).triu(1)
+    out = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), kv[..., nope:])
+    return out.flatten(2) @ w["o_proj.weight"].T
 
 
 class MLA(nn.Module):

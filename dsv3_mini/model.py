@@ -1,4 +1,4 @@
-"""Draft of model.py."""
+"""Part of dsv3_mini; its chapter follows."""
 
 import os
 
@@ -52,12 +52,13 @@ class DeepSeekV3(nn.Module):
     ) -> "DeepSeekV3":
         """Open the published layout, from a folder or the Hugging Face hub.
 
-        dtype: None keeps the stored one; float8 weights are dequantised. A folder without the MTP layers that its config
-        promises (transformers writes such) opens without them. Errors name the file or the tensor.
+        dtype: None keeps the stored one; float8 weights are dequantised. A folder without the MTP layers that its
+        config promises (transformers writes such) opens without them. Errors name the file or the tensor.
         """
         folder = find_folder(folder_or_hub_id)
         config = ModelConfig.from_pretrained(folder)
-        mtp = tuple(f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers or 1))
+        first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+        mtp = tuple(f"model.layers.{first + k}." for k in range(depth or 1))
         if not any(name.startswith(mtp) for name in locate_tensors(folder)):
             config = config.replace(num_nextn_predict_layers=0)
         with torch.device("meta"):

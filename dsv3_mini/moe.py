@@ -1,4 +1,7 @@
-"""Draft of moe.py."""
+"""DeepSeekMoE: many small experts, a gate that chooses few of them, and a dispatch that wastes nothing.
+
+Generated from chapters/04_expert_routing.ipynb; edit the chapter, not this file.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import SwiGLU
+
+# How does a token choose?
 
 
 class Routing(NamedTuple):
@@ -74,6 +79,9 @@ class Gate(nn.Module):
         return self
 
 
+# What does the layer compute?
+
+
 def experts_reference(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """Sum of each token's chosen experts, one expert after the other.
 
@@ -118,6 +126,9 @@ class Experts(nn.Module):
         y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (N*K, D)
         y = y * routing.weights.flatten()[order, None]
         return torch.zeros_like(x).index_add(0, token, y.type_as(x))
+
+
+# How does it all come together?
 
 
 class MoE(nn.Module):
