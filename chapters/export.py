@@ -5,7 +5,8 @@
     python chapters/export.py --run NAME   execute the named chapters first (all with no name), log seconds and memory
 
 A chapter says `#| default_exp mla` once, and `#| export` (or `#| export kernels.fp8`) at the head of each cell
-that belongs to the package. The blockquote under its title becomes the module's docstring.
+that belongs to the package. The blockquote under its title becomes the module's docstring;
+a further line "> `name`: sentence" gives the module of that name its own.
 """
 
 import argparse
@@ -107,6 +108,7 @@ def build(chapters):
         notebook = read(path)
         prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
         summary = next(iter(re.findall(r"^> (.+)$", prose, re.M)), None)
+        own = dict(re.findall(r"^> `([\w.]+)`: (.+)$", prose, re.M))
         for module, section, code in exported_cells(notebook, path.name):
             if not summary:
                 raise SystemExit(
@@ -114,7 +116,7 @@ def build(chapters):
                 )
             if owner.setdefault(module, path.name) != path.name:
                 raise SystemExit(f"{module} is exported by {owner[module]} and by {path.name}")
-            modules.setdefault(module, (path.name, summary, []))[2].append((section, code))
+            modules.setdefault(module, (path.name, own.get(module, summary), []))[2].append((section, code))
     texts = {module.replace(".", "/") + ".py": render(*parts) for module, parts in modules.items()}
     for folder in {Path(name).parent for name in texts} - {Path(".")}:
         texts.setdefault(f"{folder}/__init__.py", f'"""{HEADER}the notebooks that export {folder}.*."""\n')

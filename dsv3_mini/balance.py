@@ -1,4 +1,4 @@
-"""Part of dsv3_mini; its chapter follows."""
+"""Draft of balance.py."""
 
 from collections.abc import Sequence
 

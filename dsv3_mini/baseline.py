@@ -1,4 +1,4 @@
-"""The parts that every later chapter swaps: norm, gated feed-forward, rotary positions, attention, training loop.
+"""The parts of a plain decoder (norm, SwiGLU, RoPE with YaRN, attention) and the language model made of them.
 
 Generated from chapters/02_baseline.ipynb; edit the chapter, not this file.
 """
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.layers import RMSNorm, SwiGLU, apply_rope, config_frequencies, rope_amplitude, rope_table
+from dsv3_mini.layers import RMSNorm, SwiGLU, apply_rope, config_frequencies, rope_amplitude, rope_table, softmax_scale
 
-# What is attention, without and with a cache?
+# Who may look at whom, and what must be kept?
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device | None = None) -> Tensor:
     """(T, S) boolean, True where the query may look; the last query sits at the last key."""
+    if n_queries > n_keys:
+        raise ValueError(f"{n_queries} queries need as many keys, there are {n_keys}")
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
 
 
@@ -37,7 +39,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if v_dim < k.shape[-1]:  # with unequal widths torch takes its slow path on CPU: three times the time
         v = F.pad(v, (0, k.shape[-1] - v_dim))
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, ...)
-    mask = causal_mask(n_queries, n_keys, q.device) if 1 < n_queries < n_keys else None
+    mask = None if n_queries in (1, n_keys) else causal_mask(n_queries, n_keys, q.device)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=n_queries == n_keys, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -56,36 +58,41 @@ class Cache:
 
     def append(self, *new: Tensor) -> list[Tensor]:
         """Store (B, T, ...) each, return everything stored so far, (B, S, ...) each."""
-        start, end = self.length, self.length + new[0].shape[1]
-        if end > self.tensors[0].shape[1]:
-            raise ValueError(f"cache holds {self.tensors[0].shape[1]} positions, {end} are needed")
+        (batch, capacity), end = self.tensors[0].shape[:2], self.length + new[0].shape[1]
+        if new[0].shape[0] != batch or end > capacity:
+            raise ValueError(
+                f"cache holds {batch} x {capacity} (batch x positions), {new[0].shape[0]} x {end} are needed"
+            )
         for tensor, values in zip(self.tensors, new, strict=True):
-            tensor[:, start:end] = values
+            tensor[:, self.length : end] = values
         self.length = end
         return [tensor[:, :end] for tensor in self.tensors]
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
+        if length < 0:
+            raise ValueError(f"length={length} must be 0 or more")
         self.length = min(self.length, length)
 
     @property
     def n_bytes(self) -> int:
+        """Memory taken, whether filled or not."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Attention(nn.Module):
     """Multi-head attention with RoPE; fewer `n_kv_heads` make it grouped-query, one makes it multi-query.
 
-    forward: (B, T, D) and the rope table of its T positions -> (B, T, D).
+    forward: (B, T, D) and the rope table of its T positions -> (B, T, D). Heads are `v_head_dim` wide.
     """
 
     def __init__(self, config: ModelConfig, n_kv_heads: int | None = None):
         super().__init__()
         self.n_heads, self.head_dim = config.num_attention_heads, config.v_head_dim
-        self.n_kv_heads = n_kv_heads or self.n_heads
-        if self.n_heads % self.n_kv_heads:
+        self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads={n_kv_heads} must divide num_attention_heads={self.n_heads}")
-        self.rope_dim, self.scale = self.head_dim, self.head_dim**-0.5
+        self.rope_dim, self.scale = self.head_dim, softmax_scale(config, self.head_dim)
         self.q_proj = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=False)
@@ -93,7 +100,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)  # (B, T, H, head_dim)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)  # (B, T, H, head_dim), (B, T, n_kv_heads, head_dim)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, S, n_kv_heads, head_dim)
         return self.o_proj(causal_attention(q, k, v, self.scale).flatten(2))
@@ -105,11 +112,6 @@ class Attention(nn.Module):
 
 
 # How do the parts become a language model?
-
-
-def dense_feed_forward(config: ModelConfig, layer_idx: int) -> SwiGLU:
-    """The same SwiGLU in every layer."""
-    return SwiGLU(config.hidden_size, config.intermediate_size)
 
 
 class Block(nn.Module):
@@ -127,6 +129,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def dense_feed_forward(config: ModelConfig, layer_idx: int) -> SwiGLU:
+    """The same SwiGLU in every layer."""
+    return SwiGLU(config.hidden_size, config.intermediate_size)
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, final norm: token ids (B, T) -> hidden states (B, T, D)."""
 
@@ -138,22 +145,31 @@ class Transformer(nn.Module):
             Block(config, attention(config), feed_forward(config, layer_idx)) for layer_idx in range(self.n_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        with torch.device("cpu"):  # real numbers even where the weights are laid out on the meta device
-            frequencies = config_frequencies(config, self.layers[0].self_attn.rope_dim)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        # Not a buffer: a model cast to bfloat16 would round its angles, one built on the meta device would lose them.
+        self.frequencies = config_frequencies(config, self.layers[0].self_attn.rope_dim)  # (rope_dim/2,)
         self.rope_amplitude = rope_amplitude(config)
 
     def rope(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions start .. start + length - 1."""
-        positions = torch.arange(start, start + length, device=self.frequencies.device)
-        return rope_table(positions, self.frequencies, self.rope_amplitude)
+        device = self.norm.weight.device
+        positions = torch.arange(start, start + length, device=device)
+        return rope_table(positions, self.frequencies.to(device), self.rope_amplitude)
 
     def forward(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        if caches is not None and len(caches) < self.n_layers:
+            raise ValueError(f"{len(caches)} caches for {self.n_layers} layers")
         x = self.embed_tokens(input_ids)  # (B, T, D)
         rope = self.rope(caches[0].length if caches else 0, input_ids.shape[1])
-        for layer, cache in zip(self.layers, caches or [None] * self.n_layers, strict=False):
-            x = layer(x, rope, cache)
+        for layer_idx in range(self.n_layers):
+            x = self.layers[layer_idx](x, rope, caches[layer_idx] if caches else None)
         return self.norm(x)
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """Draw every matrix from a normal distribution of deviation `std`; gains of norms stay at one."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=std)
 
 
 class LanguageModel(nn.Module):
@@ -179,18 +195,13 @@ class LanguageModel(nn.Module):
         return [layer.self_attn.new_cache(batch, capacity) for layer in self.model.layers]
 
 
-def initialise(module: nn.Module, std: float) -> None:
-    """Draw every matrix from a normal distribution of deviation `std`; gains of norms stay at one."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=std)
-
-
-# Can it learn, and how far is it from perfect?
+# Does it learn, and how far is it from perfect?
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of each token given the ones before it; windows: (B, T + 1) token ids."""
+    if windows.shape[1] < 2:
+        raise ValueError(f"windows of {windows.shape[1]} tokens leave nothing to predict; 2 are needed")
     logits = model(windows[:, :-1])  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
@@ -211,10 +222,10 @@ def fit(
 
     batches.batch(step) gives the windows of a step; after_step(step, loss) is called when the weights have moved.
     """
-    if steps < 0:
-        raise ValueError(f"steps={steps} must be 0 or more")
+    if steps < 0 or warmup < 0 or learning_rate <= 0:
+        raise ValueError(f"{steps=} and {warmup=} must be 0 or more, {learning_rate=} positive")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
     losses, bar = [], tqdm(range(steps), disable=not progress, unit="step")
     for step in bar:
         loss = loss_fn(model, batches.batch(step))

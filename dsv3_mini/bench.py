@@ -1,4 +1,7 @@
-"""Part of dsv3_mini; its chapter follows."""
+"""Cached decoding, sampling, and speculative decoding that writes exactly what plain decoding would.
+
+Generated from chapters/13_generation.ipynb; edit the chapter, not this file.
+"""
 
 import platform
 import time
@@ -11,6 +14,8 @@ from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.generate import generate
 from dsv3_mini.model import DeepSeekV3
+
+# How fast is it, beside transformers?
 
 
 def transformers_twin(model: DeepSeekV3) -> nn.Module:

@@ -1,14 +1,21 @@
-"""Part of dsv3_mini; its chapter follows."""
+"""DeepSeek-V3 put together, and the published checkpoint layout: read, written, and refused when it is damaged.
+
+Generated from chapters/10_full_model.ipynb; edit the chapter, not this file.
+"""
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+# Is it the same 671 billion?
+
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,65 +43,7 @@ def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {part: tensor[index] for name, tensor in state.items() for part, index in published_parts(name, tensor)}
 
 
-# Writing
-
-
-def save_weights(
-    state: dict[str, Tensor],
-    folder: str | os.PathLike,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write a model's state dict in the published layout: one `model.safetensors`, or shards and their index.
-
-    dtype: what floating tensors are stored in (routing biases stay float32); None keeps them. Every file is written
-    under a temporary name first; on any error those are removed and an older checkpoint is left whole.
-    """
-    folder = make_folder(folder)
-    tensors = {name: stored(name, tensor, dtype) for name, tensor in published_state(state).items()}
-    shards = split_shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
-    files = shard_names(len(shards))
-    partials = [folder / f"{file}.partial" for file in files]
-    try:
-        for names, partial in zip(shards, partials, strict=True):
-            save_file({name: tensors[name].contiguous().clone() for name in names}, partial, metadata={"format": "pt"})
-    except BaseException:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-        raise
-    for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / file for file in files}:
-        stale.unlink(missing_ok=True)
-    for partial, file in zip(partials, files, strict=True):
-        partial.replace(folder / file)
-    if len(files) > 1:
-        weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor as it goes to disk."""
-    keep = dtype is None or not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
-    return tensor.detach().cpu() if keep else tensor.detach().to("cpu", dtype)
-
-
-def split_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut so that no shard exceeds the limit unless one tensor alone does."""
-    shards, used = [[]], 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
-
-
-def shard_names(n: int) -> list[str]:
-    """Hugging Face's names for one file or for several."""
-    if n == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+# How does it go to disk, whole or not at all?
 
 
 def make_folder(folder: str | os.PathLike) -> Path:
@@ -113,7 +62,68 @@ def write_json(file: Path, value: object) -> None:
     partial.replace(file)
 
 
-# Reading
+def split_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors, in order; no shard exceeds the limit unless one tensor alone does."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    shards, used = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def save_weights(
+    state: dict[str, Tensor],
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model's state dict in the published layout: one `model.safetensors`, or shards and their index.
+
+    dtype: what floating tensors are stored in (routing biases stay float32); None keeps them. Every file is written
+    under a temporary name first; on any error those are removed and an older checkpoint is left whole.
+    """
+    folder, tensors = make_folder(folder), published_state(state)
+    kinds = {name: stored_dtype(name, tensor, dtype) for name, tensor in tensors.items()}
+    sizes = {name: tensor.numel() * kinds[name].itemsize for name, tensor in tensors.items()}
+    shards = split_shards(sizes, max_shard_bytes)
+    partials = {file: folder / f"{file}.partial" for file in (*shards, *[INDEX][: len(shards) > 1])}
+    try:
+        for file, names in shards.items():
+            shard = {name: tensors[name].detach().to("cpu", kinds[name]).contiguous().clone() for name in names}
+            save_file(shard, partials[file], metadata={"format": "pt"})
+        if INDEX in partials:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            partials[INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        raise
+    for file, partial in partials.items():
+        partial.replace(folder / file)
+    remove_other_weights(folder, partials.keys())
+
+
+def stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type in which a tensor goes to disk."""
+    keep = dtype is None or not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
+    return tensor.dtype if keep else dtype
+
+
+def remove_other_weights(folder: Path, keep: Collection[str]) -> None:
+    """Delete an older checkpoint's files: its index first, so that what is left never points at a missing shard."""
+    shard = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+    old = [file for file in sorted(folder.iterdir()) if file.name == INDEX or shard.fullmatch(file.name)]
+    for file in sorted(old, key=lambda file: file.name != INDEX):
+        if file.name not in keep:
+            file.unlink()
 
 
 def find_folder(folder_or_hub_id: str | os.PathLike) -> Path:
@@ -124,29 +134,13 @@ def find_folder(folder_or_hub_id: str | os.PathLike) -> Path:
     if folder.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no checkpoint folder at {text}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, allow_patterns=["*.safetensors", "*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{text} is neither a folder nor a hub id that could be fetched: {reason}") from error
-
-
-def locate_tensors(folder: Path) -> dict[str, Path]:
-    """Published name -> the file that holds it, from the index or the single file."""
-    if (index := folder / INDEX).is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a checkpoint index: {error!r}") from error
-        if missing := sorted({file for file in weight_map.values() if not (folder / file).is_file()}):
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing[:3])}, which its index names")
-        return {name: folder / file for name, file in weight_map.items()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors")
-    return {name: file for file in files for name in open_tensors(file).keys()}
 
 
 def open_tensors(file: Path):
@@ -157,6 +151,26 @@ def open_tensors(file: Path):
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
+def locate_tensors(folder: Path) -> dict[str, Path]:
+    """Published name -> the file that holds it, from the index, the single file, or all files there are."""
+    if (index := folder / INDEX).is_file():
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not a checkpoint index: {error!r}") from error
+        if missing := sorted({file for file in weight_map.values() if not (folder / file).is_file()}):
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing[:3])}, which its index names")
+        return {name: folder / file for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    return {name: file for file in files for name in open_tensors(file).keys()}
+
+
+# What is in the FP8 files?
+
+
 class Reader:
     """Reads tensors of a checkpoint folder by published name; float8 ones are dequantised with their block scales."""
 
@@ -164,6 +178,7 @@ class Reader:
         self.files, self.block, self.handles = locate_tensors(folder), block, {}
 
     def raw(self, name: str) -> Tensor:
+        """The tensor as stored."""
         file = self.files[name]
         if file not in self.handles:
             self.handles[file] = open_tensors(file)
@@ -172,16 +187,22 @@ class Reader:
         except SafetensorError as error:
             raise ValueError(f"{file} lacks {name}, which its index promises: {error}") from error
 
-    def read(self, name: str) -> Tensor:
-        """The tensor's values; w = w_q * scale for float8, whose scale is stored as `weight_scale_inv`."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor's values in `dtype`; None keeps the stored one, and gives bfloat16 for float8.
+
+        w = q * scale for float8: `weight_scale_inv` is a factor in spite of its name.
+        """
         tensor = self.raw(name)
         if tensor.dtype != torch.float8_e4m3fn:
-            return tensor
+            return tensor if dtype is None else tensor.to(dtype)
         if f"{name}_scale_inv" not in self.files:
             raise ValueError(f"{name} is float8, and the checkpoint lacks its scales {name}_scale_inv")
-        scale = self.raw(f"{name}_scale_inv").float()  # (rows / block, columns / block), rounded up
+        scale = self.raw(f"{name}_scale_inv").float()
+        blocks = tuple(-(-n // self.block) for n in tensor.shape)  # rounded up: edge blocks may be partly empty
+        if scale.shape != blocks:
+            raise ValueError(f"{name}_scale_inv has shape {tuple(scale.shape)}, {tuple(tensor.shape)} needs {blocks}")
         scale = scale.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
-        return tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]
+        return (tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]).to(dtype or torch.bfloat16)
 
 
 def load_weights(
@@ -191,29 +212,45 @@ def load_weights(
 
     dtype: of floating tensors in the result (routing biases stay float32); None keeps what is stored, dequantised
     to bfloat16 where it is float8. ignore: name prefixes that the folder may hold though the model does not.
-    Raises ValueError naming every missing, unexpected or misshapen tensor.
+    A tensor that `state` holds under two names is kept once. Raises ValueError naming every missing, unexpected or
+    misshapen tensor, and copies that differ.
     """
-    reader = Reader(folder)
+    reader, loaded, first_names = Reader(folder), {}, {}
     parts = {name: list(published_parts(name, tensor)) for name, tensor in state.items()}
     check_names({part for found in parts.values() for part, _ in found}, reader.files.keys(), ignore)
-    loaded = {}
     for name, found in parts.items():
-        pieces = [(part, index, reader.read(part)) for part, index in found]
-        for part, index, piece in pieces:
-            if piece.shape != (expected := state[name][index].shape):
-                raise ValueError(f"{part} has shape {tuple(piece.shape)}, the config asks for {tuple(expected)}")
-        kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype or pieces[0][2].dtype
-        loaded[name] = torch.empty(state[name].shape, dtype=kind)
-        for _, index, piece in pieces:
-            loaded[name][index] = piece
+        tensor = load_tensor(reader, name, state[name], found, dtype)
+        first = first_names.setdefault(id(state[name]), name)
+        if first != name and not torch.equal(tensor, loaded[first]):
+            raise ValueError(f"{name} differs from {first}, whose copy it should be")
+        loaded[name] = loaded[first] if first != name else tensor
     return loaded
 
 
-def check_names(wanted: set[str], held, ignore: tuple[str, ...]) -> None:
+def load_tensor(
+    reader: Reader, name: str, like: Tensor, parts: list[tuple[str, tuple]], dtype: torch.dtype | None
+) -> Tensor:
+    """One tensor of the model, put together from its published parts."""
+    dtype = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+    result = None
+    for part, index in parts:
+        piece, expected = reader.read(part, dtype), like[index].shape
+        if piece.shape != expected:
+            raise ValueError(f"{part} has shape {tuple(piece.shape)}, the config asks for {tuple(expected)}")
+        if result is None:
+            result = torch.empty(like.shape, dtype=piece.dtype)
+        result[index] = piece
+    return result
+
+
+def check_names(wanted: set[str], held: Collection[str], ignore: tuple[str, ...]) -> None:
     """Raise ValueError if the folder lacks tensors of the model, or holds others."""
     extra = {name for name in held if not name.endswith(("_scale_inv", "rotary_emb.inv_freq"))} - wanted
     problems = []
-    for label, names in (("lacks", wanted - held), ("has unexpected", {n for n in extra if not n.startswith(ignore)})):
+    for label, names in (
+        ("lacks", wanted - set(held)),
+        ("has unexpected", {n for n in extra if not n.startswith(ignore)}),
+    ):
         if names:
             shown = ", ".join(sorted(names)[:3])
             problems.append(f"{label} {len(names)} tensors: {shown}{', …' if len(names) > 3 else ''}")

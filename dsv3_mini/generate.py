@@ -1,4 +1,7 @@
-"""Part of dsv3_mini; its chapter follows."""
+"""Cached decoding, sampling, and speculative decoding that writes exactly what plain decoding would.
+
+Generated from chapters/13_generation.ipynb; edit the chapter, not this file.
+"""
 
 import os
 import time
@@ -12,6 +15,8 @@ from torch import Tensor
 
 from dsv3_mini.model import DeepSeekV3
 
+# Why two phases?
+
 
 @dataclass
 class Generation:
@@ -21,6 +26,25 @@ class Generation:
     drafted: int = 0
     accepted: int = 0
     seconds: float = 0.0
+
+
+def check_request(model: DeepSeekV3, input_ids: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse what cannot be generated, before any work."""
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"the prompt has shape {tuple(input_ids.shape)}; (batch, at least one token) is needed")
+    if int(input_ids.max()) >= model.config.vocab_size or int(input_ids.min()) < 0:
+        raise ValueError(f"the prompt holds token {int(input_ids.max())}; vocab_size is {model.config.vocab_size}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    if (needed := input_ids.shape[1] + max_new_tokens) > (limit := model.config.max_position_embeddings):
+        raise ValueError(f"prompt and new tokens take {needed} positions; max_position_embeddings is {limit}")
+
+
+# How is a token chosen?
 
 
 def next_distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -43,67 +67,6 @@ def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
-def accept_draft(draft: Tensor, p: Tensor, q: Tensor, generator: torch.Generator | None) -> tuple[bool, Tensor]:
-    """Speculative sampling's rule: keep the draft with chance min(1, p/q), else draw from what p has more than q.
-
-    draft: (1, 1), drawn from q; p, q: (1, V). The token returned is distributed as p, whatever q is.
-    """
-    ratio = (p.gather(-1, draft) / q.gather(-1, draft)).item()
-    threshold = 0.5 if generator is None else torch.rand(1, generator=generator).item()
-    if threshold < ratio:
-        return True, draft
-    return False, draw((p - q).clamp(min=0) / (p - q).clamp(min=0).sum(), generator)
-
-
-def check_request(model: DeepSeekV3, input_ids: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Refuse what cannot be generated, before any work."""
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"the prompt has shape {tuple(input_ids.shape)}; (batch, at least one token) is needed")
-    if int(input_ids.max()) >= model.config.vocab_size or int(input_ids.min()) < 0:
-        raise ValueError(f"the prompt holds token {int(input_ids.max())}; vocab_size is {model.config.vocab_size}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-    if (needed := input_ids.shape[1] + max_new_tokens) > (limit := model.config.max_position_embeddings):
-        raise ValueError(f"prompt and new tokens take {needed} positions; max_position_embeddings is {limit}")
-
-
-@torch.inference_mode()
-def generate(
-    model: DeepSeekV3,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    speculative: bool = False,
-    on_token: Callable[[list[int]], None] | None = None,
-) -> Generation:
-    """Continue (B, T) prompts of equal length by up to `max_new_tokens`; a single prompt stops at the end token.
-
-    temperature 0 is greedy. speculative: draft with the MTP layer and verify two tokens at a time (one prompt). The
-    text is what plain decoding gives: the same tokens when greedy, the same distribution when sampling.
-    on_token receives the new ids of each row as they come. Raises ValueError for a request that cannot be served.
-    """
-    check_request(model, input_ids, max_new_tokens, temperature, top_p)
-    if speculative and (not model.mtp_layers or len(input_ids) != 1):
-        found = f"{len(model.mtp_layers)} MTP layers and {len(input_ids)} prompts"
-        raise ValueError(f"speculative decoding needs an MTP layer and one prompt; here are {found}")
-    generator = None
-    if temperature > 0:
-        generator = torch.Generator(device=input_ids.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-    started = time.perf_counter()
-    decode = decode_speculative if speculative else decode_plain
-    result = decode(model, input_ids, max_new_tokens, temperature, top_p, generator, on_token or (lambda ids: None))
-    result.seconds = time.perf_counter() - started
-    return result
-
-
 def decode_plain(model, input_ids, max_new_tokens, temperature, top_p, generator, on_token) -> Generation:
     """Prefill the prompt, then one token at a time."""
     caches = model.new_caches(len(input_ids), input_ids.shape[1] + max_new_tokens)
@@ -116,6 +79,21 @@ def decode_plain(model, input_ids, max_new_tokens, temperature, top_p, generator
         if len(input_ids) == 1 and ids.item() == model.config.eos_token_id:
             break
     return Generation(torch.cat(new, dim=1) if new else input_ids[:, :0])
+
+
+# How can a draft be checked without changing the text?
+
+
+def accept_draft(draft: Tensor, p: Tensor, q: Tensor, generator: torch.Generator | None) -> tuple[bool, Tensor]:
+    """Speculative sampling's rule: keep the draft with chance min(1, p/q), else draw from what p has more than q.
+
+    draft: (1, 1), drawn from q; p, q: (1, V). The token returned is distributed as p, whatever q is.
+    """
+    ratio = (p.gather(-1, draft) / q.gather(-1, draft)).item()
+    threshold = 0.5 if generator is None else torch.rand(1, generator=generator).item()
+    if threshold < ratio:
+        return True, draft
+    return False, draw((p - q).clamp(min=0) / (p - q).clamp(min=0).sum(), generator)
 
 
 def decode_speculative(model, input_ids, max_new_tokens, temperature, top_p, generator, on_token) -> Generation:
@@ -152,6 +130,39 @@ def decode_speculative(model, input_ids, max_new_tokens, temperature, top_p, gen
             token = draw(p[:, 1], generator)
             running, known = emit(token), torch.cat((draft, token), dim=1)
     result.tokens = torch.cat(new, dim=1) if new else input_ids[:, :0]
+    return result
+
+
+@torch.inference_mode()
+def generate(
+    model: DeepSeekV3,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    speculative: bool = False,
+    on_token: Callable[[list[int]], None] | None = None,
+) -> Generation:
+    """Continue (B, T) prompts of equal length by up to `max_new_tokens`; a single prompt stops at the end token.
+
+    temperature 0 is greedy. speculative: draft with the MTP layer and verify two tokens at a time (one prompt). The
+    text is what plain decoding gives: the same tokens when greedy, the same distribution when sampling.
+    on_token receives the new ids of each row as they come. Raises ValueError for a request that cannot be served.
+    """
+    check_request(model, input_ids, max_new_tokens, temperature, top_p)
+    if speculative and (not model.mtp_layers or len(input_ids) != 1):
+        found = f"{len(model.mtp_layers)} MTP layers and {len(input_ids)} prompts"
+        raise ValueError(f"speculative decoding needs an MTP layer and one prompt; here are {found}")
+    generator = None
+    if temperature > 0:
+        generator = torch.Generator(device=input_ids.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+    started = time.perf_counter()
+    decode = decode_speculative if speculative else decode_plain
+    result = decode(model, input_ids, max_new_tokens, temperature, top_p, generator, on_token or (lambda ids: None))
+    result.seconds = time.perf_counter() - started
     return result
 
 

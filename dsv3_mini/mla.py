@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention: keys and values of all heads rebuilt from one small cached vector.
+"""Multi-head Latent Attention: every head's keys and values come from one small cached vector.
 
 Generated from chapters/03_latent_attention.ipynb; edit the chapter, not this file.
 """
@@ -10,41 +10,70 @@ from dsv3_mini.baseline import Cache, causal_attention, causal_mask
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import RMSNorm, apply_rope, softmax_scale
 
-# What does the training form compute?
+# What does training compute?
 
 
-def mla_reference(x: Tensor, w: dict[str, Tensor], rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
-    """Equations 1-11 for one batch, token pairs written out: (B, T, D) -> (B, T, D); w: the layer's state dict."""
-    h, nope = config.num_attention_heads, config.qk_nope_head_dim
+def attend_expanded_reference(
+    q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, kv_b: Tensor, scale: float
+) -> Tensor:
+    """Equations 2, 4, 5 and 10, one head at a time: keys and values rebuilt from the latent -> (B, T, H, v).
 
-    def norm(c, weight):
-        return c * torch.rsqrt(c.square().mean(-1, keepdim=True) + config.rms_norm_eps) * weight
+    q_nope (B, T, H, nope), q_pe (B, T, H, rope), c_kv (B, S, C), k_pe (B, S, rope), kv_b (H, nope + v, C): for each
+    head the rows of W^UK, then those of W^UV. The T queries are the last T of S positions.
+    """
+    heads = []
+    for i in range(q_nope.shape[2]):
+        k_nope, v = (c_kv @ kv_b[i].T).split(
+            [q_nope.shape[-1], kv_b.shape[1] - q_nope.shape[-1]], dim=-1
+        )  # (B, S, ...)
+        q, k = torch.cat((q_nope[:, :, i], q_pe[:, :, i]), -1), torch.cat((k_nope, k_pe), -1)
+        scores = (q @ k.transpose(1, 2)) * scale  # (B, T, S)
+        hidden_mask = ~causal_mask(q.shape[1], k.shape[1], q.device)
+        heads.append(scores.masked_fill(hidden_mask, float("-inf")).softmax(-1) @ v)
+    return torch.stack(heads, dim=2)
 
-    c_q = norm(x @ w["q_a_proj.weight"].T, w["q_a_layernorm.weight"])
-    q = (c_q @ w["q_b_proj.weight"].T).unflatten(-1, (h, -1))  # (B, T, H, nope + rope)
-    down = x @ w["kv_a_proj_with_mqa.weight"].T  # (B, T, C + rope)
-    c_kv = norm(down[..., : config.kv_lora_rank], w["kv_a_layernorm.weight"])
-    k_pe = apply_rope(down[..., None, config.kv_lora_rank :], rope)  # (B, T, 1, rope), from x, one for all heads
-    kv = (c_kv @ w["kv_b_proj.weight"].T).unflatten(-1, (h, -1))  # (B, T, H, nope + v)
-    scores = torch.einsum("bthn,bshn->bhts", q[..., :nope], kv[..., :nope])
-    scores = scores + torch.einsum("bthr,bsr->bhts", apply_rope(q[..., nope:], rope), k_pe.squeeze(2))
-    scores = scores * softmax_scale(config) + torch.full_like(scores, float("-inf")).triu(1)
-    out = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), kv[..., nope:])
-    return out.flatten(2) @ w["o_proj.weight"].T
+
+# What does decoding compute?
+
+
+def attend_absorbed(q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, kv_b: Tensor, scale: float) -> Tensor:
+    """`attend_expanded_reference` without a key or value: W^UK moves into the query, W^UV behind the weighted sum.
+
+    Same arguments and result, (B, T, H, v). Scores and softmax are taken in float32 at least.
+    """
+    w_uk, w_uv = kv_b.split([q_nope.shape[-1], kv_b.shape[1] - q_nope.shape[-1]], dim=1)  # (H, nope, C), (H, v, C)
+    q_c = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)  # (B, T, H, C)
+    scores = torch.einsum("bthc,bsc->bhts", q_c, c_kv) + torch.einsum("bthr,bsr->bhts", q_pe, k_pe)
+    if q_nope.shape[1] > 1:  # one query is the last position and sees everything
+        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], scores.device), float("-inf"))
+    weights = (scores * scale).softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    z = torch.einsum("bhts,bsc->bthc", weights.type_as(c_kv), c_kv)  # (B, T, H, C)
+    return torch.einsum("bthc,hvc->bthv", z, w_uv)
+
+
+# Which form is cheaper, and when?
+
+
+def absorbing_is_cheaper(config: ModelConfig, n_queries: int, n_keys: int) -> bool:
+    """Whether T queries on S cached latents cost fewer FLOPs absorbed than expanded: 1/T - 1/S > 2/(n + v) - 1/C."""
+    threshold = 2 / (config.qk_nope_head_dim + config.v_head_dim) - 1 / config.kv_lora_rank
+    return 1 / n_queries - 1 / n_keys > threshold
+
+
+# How does it become one module?
 
 
 class MLA(nn.Module):
     """Multi-head Latent Attention (equations 1-11): keys and values of all heads come from one cached latent.
 
-    forward: (B, T, D) and the rope table of its T positions -> (B, T, D). Without a cache the latent is expanded
-    into keys and values (cheaper for many queries); with one, the up-projections are absorbed into the query and
-    the output, and only the latent is read. `absorb` overrides the choice; the result is the same.
+    forward: (B, T, D) and the rope table of its T positions -> (B, T, D). Without a cache the latent is expanded into
+    keys and values; with one, the form with fewer FLOPs is taken. `absorb` overrides; the result is the same.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, h = config.hidden_size, config.num_attention_heads
-        self.n_heads, self.scale = h, softmax_scale(config)
+        self.config, self.n_heads, self.scale = config, h, softmax_scale(config)
         self.nope_dim, self.rope_dim, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.kv_lora_rank = config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -65,7 +94,8 @@ class MLA(nn.Module):
         c_kv, k_pe = self.latents(x, rope)
         if cache is not None:
             c_kv, k_pe = cache.append(c_kv, k_pe)  # (B, S, C), (B, S, rope)
-        absorb = cache is not None if absorb is None else absorb
+        if absorb is None:
+            absorb = cache is not None and absorbing_is_cheaper(self.config, x.shape[1], c_kv.shape[1])
         attend = self.attend_absorbed if absorb else self.attend_expanded
         return self.o_proj(attend(q_nope, q_pe, c_kv, k_pe).flatten(2))
 
@@ -81,22 +111,16 @@ class MLA(nn.Module):
         return self.kv_a_layernorm(c_kv), apply_rope(k_pe.unsqueeze(2), rope).squeeze(2)
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor) -> Tensor:
-        """Build every head's keys and values from the latent, then attend (equations 2, 4, 5, 10): (B, T, H, v)."""
+        """`attend_expanded_reference` for all heads at once, by torch's fused attention: (B, T, H, v)."""
         kv = self.kv_b_proj(c_kv).unflatten(-1, (self.n_heads, -1))  # (B, S, H, nope + v)
         k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, self.n_heads, -1)  # (B, S, H, rope)
         return causal_attention(torch.cat((q_nope, q_pe), -1), torch.cat((k_nope, k_pe), -1), v, self.scale)
 
     def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor) -> Tensor:
-        """Attend over the latent itself; W^UK moves into the query, W^UV behind the weighted sum: (B, T, H, v)."""
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], dim=1)
-        q_c = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)  # (B, T, H, C)
-        scores = torch.einsum("bthc,bsc->bhts", q_c, c_kv) + torch.einsum("bthr,bsr->bhts", q_pe, k_pe)
-        if q_nope.shape[1] > 1:
-            scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], scores.device), float("-inf"))
-        weights = (scores * self.scale).softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        z = torch.einsum("bhts,bsc->bthc", weights.type_as(c_kv), c_kv)  # (B, T, H, C)
-        return torch.einsum("bthc,hvc->bthv", z, w_uv)
+        """The function above with this layer's weights: (B, T, H, v)."""
+        kv_b = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1))
+        return attend_absorbed(q_nope, q_pe, c_kv, k_pe, kv_b, self.scale)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty latent cache: kv_lora_rank + qk_rope_head_dim numbers a position, whatever the head count."""

@@ -1,4 +1,7 @@
-"""Part of dsv3_mini; its chapter follows."""
+"""DeepSeek-V3 put together, and the published checkpoint layout: read, written, and refused when it is damaged.
+
+Generated from chapters/10_full_model.ipynb; edit the chapter, not this file.
+"""
 
 import os
 
@@ -11,6 +14,8 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import moe_feed_forward
 from dsv3_mini.mtp import MTPLayer
+
+# How do the parts become one model?
 
 
 class DeepSeekV3(nn.Module):
@@ -45,10 +50,7 @@ class DeepSeekV3(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder_or_hub_id: str | os.PathLike,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
+        cls, folder_or_hub_id: str | os.PathLike, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> "DeepSeekV3":
         """Open the published layout, from a folder or the Hugging Face hub.
 
@@ -64,7 +66,8 @@ class DeepSeekV3(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         ignore = () if config.num_nextn_predict_layers else mtp
-        model.load_state_dict(load_weights(model.state_dict(), folder, dtype, ignore), assign=True)
+        state = model.state_dict(keep_vars=True)
+        model.load_state_dict(load_weights(state, folder, dtype, ignore), assign=True)
         return model.to(device)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, **options) -> None:

@@ -1,10 +1,10 @@
-"""Part of dsv3_mini; its chapter follows."""
+"""Draft."""
 
 import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -125,100 +125,96 @@ def validation_loss(model: DeepSeekV3, windows: Tensor, batch_size: int, max_win
     return total / count
 
 
+@dataclass
 class Run:
-    """One training run in a folder: log.jsonl, resume.safetensors while it runs, the published layout at the end."""
+    """A training run in a folder, at a step: everything that the next step reads or changes."""
 
-    def __init__(self, options: TrainOptions, out: str | os.PathLike):
-        self.options, self.out, self.step = options, make_folder(out), 0
-        self.config = ModelConfig.preset(options.preset)
-        self.data = prepare(options, self.config.vocab_size)
-        self.batches = Batches(self.data.train, options.batch_size, options.seed)
-        torch.manual_seed(options.seed)
-        self.model = DeepSeekV3(self.config)
-        self.optimizer = make_optimizer(self.model, options)
-        self.balancer = BiasBalancer(self.model, options.gamma)
+    options: TrainOptions
+    out: Path
+    data: Dataset
+    batches: Batches
+    model: DeepSeekV3
+    optimizer: torch.optim.AdamW
+    balancer: BiasBalancer
+    step: int = 0
 
-    def train_step(self) -> dict[str, float]:
-        """One update of the weights and the routing biases; returns what the log line holds."""
-        options, started = self.options, time.perf_counter()
-        windows = self.batches.batch(self.step)
-        losses, routings = training_losses(self.model, windows, options)
-        factors = {"loss": 1.0, "mtp": options.mtp_weight, "balance": options.alpha}
-        total = sum(factors[name] * loss for name, loss in losses.items())
-        self.optimizer.zero_grad()
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {self.step}: loss {losses['loss'].item()}, gradient norm {norm.item()}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, options)
-        self.optimizer.step()
-        self.balancer.observe(routings)
-        violation = self.balancer.step()
-        self.step += 1
-        seconds = time.perf_counter() - started
-        entry = {"step": self.step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
-        entry |= {"max_violation": round(max(violation, default=0.0), 4), "gradient_norm": round(norm.item(), 4)}
-        tokens = windows[:, 1:].numel()
-        return entry | {"tokens": self.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
 
-    def validate(self) -> dict[str, float]:
-        loss = validation_loss(self.model, self.data.valid, self.options.batch_size)
-        bits = bits_per_byte(loss, 1, self.data.bytes_per_token)
-        return {"valid_loss": round(loss, 5), "valid_bits_per_byte": round(bits, 5)}
+def start_run(options: TrainOptions, out: str | os.PathLike) -> Run:
+    """Make the folder, read the text, build the model from the seed. Nothing is written yet."""
+    folder, config = make_folder(out), ModelConfig.preset(options.preset)
+    data = prepare(options, config.vocab_size)
+    torch.manual_seed(options.seed)
+    model = DeepSeekV3(config)
+    batches = Batches(data.train, options.batch_size, options.seed)
+    optimizer, balancer = make_optimizer(model, options), BiasBalancer(model, options.gamma)
+    return Run(options, folder, data, batches, model, optimizer, balancer)
 
-    def train(self, progress: bool = True) -> DeepSeekV3:
-        """Run to the last step, logging every step; leave the published layout and tokenizer.json in the folder."""
-        options = self.options
-        bar = tqdm(total=options.steps, initial=self.step, disable=not progress, unit="step")
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
-            while self.step < options.steps:
-                entry = self.train_step()
-                last = self.step == options.steps
-                if last or self.step % options.validate_every == 0:
-                    entry |= self.validate()
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                if self.step % options.checkpoint_every == 0 and not last:
-                    self.save_resume()
-                bar.update()
-                bits = f" valid {entry['valid_bits_per_byte']:.3f} bits/byte" if "valid_loss" in entry else ""
-                bar.set_postfix_str(f"loss {entry['loss']:.3f} {entry['tokens_per_second']:.0f} tokens/s{bits}")
-        bar.close()
-        self.save_resume()
-        self.model.save_pretrained(self.out)
-        save_tokenizer(self.data.tokenizer, self.out)
-        return self.model
 
-    def save_resume(self) -> None:
-        """Everything that the next step needs, in one file that appears whole or not at all."""
-        tensors = {f"model.{name}": tensor for name, tensor in unique_state(self.model).items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        meta = {"step": str(self.step), "options": json.dumps(asdict(self.options)), "corpus": self.data.sha256}
-        partial = self.out / "resume.safetensors.partial"
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=meta)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        partial.replace(self.out / "resume.safetensors")
+def train_step(run: Run) -> dict[str, float]:
+    """One update of the weights and, from the same batch's load, of the routing biases; returns a log line.
 
-    def load_resume(self) -> None:
-        """Continue from resume.safetensors; the log is cut back to its step."""
-        tensors, meta = read_resume(self.out)
-        if meta["corpus"] != self.data.sha256:
-            raise ValueError(f"{self.out}: the text has changed since the checkpoint; resume needs the same files")
-        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(weights, strict=False)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step = int(meta["step"])
-        cut_log(self.out / "log.jsonl", self.step)
+    Raises FloatingPointError when loss or gradient stop being finite; the weights are then those of the step before.
+    """
+    options, started = run.options, time.perf_counter()
+    windows = run.batches.batch(run.step)
+    losses, routings = training_losses(run.model, windows, options)
+    factors = {"loss": 1.0, "mtp": options.mtp_weight, "balance": options.alpha}
+    run.optimizer.zero_grad()
+    sum(factors[name] * loss for name, loss in losses.items()).backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), options.clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"step {run.step}: loss {losses['loss'].item()}, gradient norm {norm.item()}")
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate_at(run.step, options)
+    run.optimizer.step()
+    run.balancer.observe(routings)
+    violation = max(run.balancer.step(), default=0.0)
+    run.step += 1
+    seconds, n_tokens = time.perf_counter() - started, windows[:, 1:].numel()
+    entry = {"step": run.step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
+    entry |= {"max_violation": round(violation, 4), "gradient_norm": round(norm.item(), 4)}
+    return entry | {"tokens": run.step * n_tokens, "tokens_per_second": round(n_tokens / seconds, 1)}
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Validation loss in nats a token and in bits per byte, for the log."""
+    loss = validation_loss(run.model, run.data.valid, run.options.batch_size)
+    bits = bits_per_byte(loss, 1, run.data.bytes_per_token)
+    return {"valid_loss": round(loss, 5), "valid_bits_per_byte": round(bits, 5)}
+
+
+def save_resume(run: Run) -> None:
+    """Everything that the next step needs, in OUT/resume.safetensors, which appears whole or not at all."""
+    tensors = {f"model.{name}": tensor for name, tensor in unique_state(run.model).items()}
+    for index, state in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    meta = {"step": str(run.step), "options": json.dumps(asdict(run.options)), "corpus": run.data.sha256}
+    partial = run.out / "resume.safetensors.partial"
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=meta)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(run.out / "resume.safetensors")
+
+
+def load_resume(run: Run) -> None:
+    """Continue from OUT/resume.safetensors; log lines written after it are cut off."""
+    tensors, meta = read_resume(run.out)
+    if meta["corpus"] != run.data.sha256:
+        raise ValueError(f"{run.out}: the text has changed since the checkpoint; resume needs the same files")
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    with torch.no_grad():
+        for name, tensor in unique_state(run.model).items():
+            tensor.copy_(weights[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
+    run.step = int(meta["step"])
+    cut_log(run.out / "log.jsonl", run.step)
 
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:
@@ -259,19 +255,43 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     partial.replace(out / "tokenizer.json")
 
 
-def train(options: TrainOptions, out: str | os.PathLike, resume: bool = False, progress: bool = True) -> DeepSeekV3:
-    """Train, or continue, a model in folder `out`; the options of a resumed run are those of its checkpoint.
+def continue_run(run: Run, progress: bool = True) -> None:
+    """Train to the last step, logging each; keep a resumable checkpoint, also when the run is interrupted."""
+    options, bar = run.options, tqdm(total=run.options.steps, initial=run.step, disable=not progress, unit="step")
+    with bar, open(run.out / "log.jsonl", "a", encoding="utf-8") as log:
+        try:
+            while run.step < options.steps:
+                entry = train_step(run)
+                if run.step == options.steps or run.step % options.validate_every == 0:
+                    entry |= validate(run)
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                if run.step % options.checkpoint_every == 0:
+                    save_resume(run)
+                bar.update()
+                bits = f", valid {entry['valid_bits_per_byte']:.3f} bits/byte" if "valid_loss" in entry else ""
+                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:.0f} tokens/s{bits}")
+        except KeyboardInterrupt:
+            save_resume(run)
+            raise
+    save_resume(run)
 
-    Raises ValueError if `out` already holds a run and `resume` is not asked for.
+
+def train(options: TrainOptions, out: str | os.PathLike, resume: bool = False, progress: bool = True) -> DeepSeekV3:
+    """Train, or continue, a model in folder `out`; it ends with the published layout and tokenizer.json in it.
+
+    A resumed run takes its checkpoint's own options. Raises ValueError if `out` already holds a run and `resume` is
+    not asked for, FileNotFoundError if there is nothing to resume.
     """
     folder = make_folder(out)
     if resume:
-        known = {field.name for field in fields(TrainOptions)}
-        stored = json.loads(read_resume(folder)[1]["options"])
-        options = TrainOptions(**{name: value for name, value in stored.items() if name in known})
+        options = TrainOptions(**json.loads(read_resume(folder)[1]["options"]))
     elif (folder / "log.jsonl").exists():
         raise ValueError(f"{folder} already holds a run: pass --resume to continue it, or name another folder")
-    run = Run(options, folder)
+    run = start_run(options, folder)
     if resume:
-        run.load_resume()
-    return run.train(progress)
+        load_resume(run)
+    continue_run(run, progress)
+    run.model.save_pretrained(folder)
+    save_tokenizer(run.data.tokenizer, folder)
+    return run.model

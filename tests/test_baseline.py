@@ -28,7 +28,7 @@ quick = settings(deadline=None, max_examples=25)
 TINY = ModelConfig.preset(
     "nano",
     vocab_size=37,
-    hidden_size=20,
+    hidden_size=24,
     num_hidden_layers=2,
     num_attention_heads=6,
     v_head_dim=10,
@@ -179,7 +179,7 @@ def test_model_equals_transformers_llama_once_its_rows_are_reordered(n_kv_heads)
 
 
 def test_block_adds_each_part_to_its_input_once():
-    x = normal(1, 3, 20)
+    x = normal(1, 3, 24)
     block = Block(TINY, Attention(TINY), dense_feed_forward(TINY, 0))
     block.self_attn.forward = lambda x, rope, cache: torch.ones_like(x)
     block.mlp.forward = lambda x: 10 * torch.ones_like(x)

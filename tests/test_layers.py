@@ -79,10 +79,6 @@ def test_rope_scores_depend_on_the_distance_alone(m, n, shift, pairs, seed):
     q, k = normal(2, 1, 1, 1, 2 * pairs, seed=seed, dtype=torch.float64)
     frequencies = rope_frequencies(2 * pairs).double()
 
-    def score(m, n):
-        tables = (rope_table(torch.tensor([p]), frequencies) for p in (m, n))
-        return sum((apply_rope(x, table) for x, table in zip((q, k), tables, strict=True)), -q - k)
-
     def product(m, n):
         turned_q = apply_rope(q, rope_table(torch.tensor([m]), frequencies))
         return (turned_q * apply_rope(k, rope_table(torch.tensor([n]), frequencies))).sum()
