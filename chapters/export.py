@@ -23,6 +23,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^#\|\s*(\w+)[: ]*(.*)$")
 HEADER = "Generated from chapters/"
+TAKES = re.compile(r"about \d+ s and [\d,]+ MB on two CPU cores")
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -179,8 +180,24 @@ def run(path):
         notebook.cells.append(nbformat.v4.new_code_cell(probe))
         peak = client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1).outputs[0].text
         notebook.cells.pop()
+    figures = {"seconds": round(seconds, 1), "peak_mb": int(peak) // 1024}
+    notebook.cells[0].source = TAKES.sub(takes(figures), notebook.cells[0].source)
     replace_file(path, written(tidy(notebook)))
-    return {"seconds": round(seconds, 1), "peak_mb": int(peak) // 1024}
+    return figures
+
+
+def takes(figures):
+    """What a chapter's first cell says of its cost, rounded up so that it changes seldom."""
+    seconds, megabytes = -(-figures["seconds"] // 5) * 5, -(-figures["peak_mb"] // 50) * 50
+    return f"about {seconds:.0f} s and {megabytes} MB on two CPU cores"
+
+
+def stamp_readme(text, figures):
+    """README's text with the measured seconds and memory in the rows of its chapter table."""
+    for name, row in figures.items():
+        cells = f"| {row['seconds']:.0f} s | {row['peak_mb']} MB |"
+        text = re.sub(rf"(\(chapters/{name}\.ipynb\) \|.*?)\| \d+ s \| \d+ MB \|", rf"\g<1>{cells}", text)
+    return text
 
 
 def log_runs(names, notebooks):
@@ -192,6 +209,7 @@ def log_runs(names, notebooks):
             figures[path.relative_to(ROOT / "chapters").with_suffix("").as_posix()] = run(path)
             replace_file(log, json.dumps(figures, indent=1, sort_keys=True) + "\n")
             print(path.name, *figures[path.relative_to(ROOT / "chapters").with_suffix("").as_posix()].values())
+    replace_file(ROOT / "README.md", stamp_readme((ROOT / "README.md").read_text(encoding="utf-8"), figures))
 
 
 def main(arguments=None):

@@ -77,3 +77,10 @@ def test_main_removes_stale_modules_and_check_reports_them(tmp_path, monkeypatch
     stale.write_text(f'"""{exporter.HEADER}09_old.ipynb"""\n')
     assert exporter.main(["--check"]) == 1 and "old.py" in capsys.readouterr().out
     assert exporter.main([]) == 0 and not stale.exists()
+
+
+def test_measured_figures_are_stamped_into_the_readme_row_of_their_chapter():
+    rows = "| [A](chapters/00_a.ipynb) | x | 9 s | 9 MB | 1 |\n| [B](chapters/01_b.ipynb) | y | 9 s | 9 MB | 2 |\n"
+    stamped = exporter.stamp_readme(rows, {"00_a": {"seconds": 41.6, "peak_mb": 512}})
+    assert stamped == rows.replace("| x | 9 s | 9 MB |", "| x | 42 s | 512 MB |")
+    assert exporter.takes({"seconds": 41.6, "peak_mb": 512}) == "about 45 s and 550 MB on two CPU cores"
