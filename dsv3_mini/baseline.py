@@ -1,4 +1,4 @@
-"""The parts of a plain decoder (norm, SwiGLU, RoPE with YaRN, attention) and the language model made of them.
+"""A plain decoder made of parts that can be swapped, its cache, and the training loop of the whole book.
 
 Generated from chapters/02_baseline.ipynb; edit the chapter, not this file.
 """
@@ -36,7 +36,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """`attention_reference` by torch's fused kernel; fewer key heads than query heads are shared out in order."""
     n_queries, n_keys, v_dim = q.shape[1], k.shape[1], v.shape[-1]
-    if v_dim < k.shape[-1]:  # with unequal widths torch takes its slow path on CPU: three times the time
+    if v_dim < k.shape[-1] and n_queries > 1:  # unequal widths take torch's slow path on CPU
         v = F.pad(v, (0, k.shape[-1] - v_dim))
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, ...)
     mask = None if n_queries in (1, n_keys) else causal_mask(n_queries, n_keys, q.device)
@@ -57,7 +57,7 @@ class Cache:
         self.length = 0
 
     def append(self, *new: Tensor) -> list[Tensor]:
-        """Store (B, T, ...) each, return everything stored so far, (B, S, ...) each."""
+        """Store (B, T, ...) each, return everything stored so far, (B, S, ...) each, in the dtype of the new."""
         (batch, capacity), end = self.tensors[0].shape[:2], self.length + new[0].shape[1]
         if new[0].shape[0] != batch or end > capacity:
             raise ValueError(
@@ -66,7 +66,7 @@ class Cache:
         for tensor, values in zip(self.tensors, new, strict=True):
             tensor[:, self.length : end] = values
         self.length = end
-        return [tensor[:, :end] for tensor in self.tensors]
+        return [tensor[:, :end].type_as(values) for tensor, values in zip(self.tensors, new, strict=True)]
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
@@ -214,18 +214,22 @@ def fit(
     learning_rate: float = 3e-3,
     weight_decay: float = 0.1,
     warmup: int = 20,
+    cooldown: int = 0,
     loss_fn: Callable = next_token_loss,
     after_step: Callable | None = None,
     progress: bool = True,
 ) -> list[float]:
-    """Train with AdamW, warm-up and clipping at norm 1; return the loss of every step.
+    """Train with AdamW and clipping at norm 1; return the loss of every step.
 
+    The learning rate rises over the first `warmup` steps and falls to zero over the last `cooldown`.
     batches.batch(step) gives the windows of a step; after_step(step, loss) is called when the weights have moved.
     """
-    if steps < 0 or warmup < 0 or learning_rate <= 0:
-        raise ValueError(f"{steps=} and {warmup=} must be 0 or more, {learning_rate=} positive")
+    if min(steps, warmup, cooldown) < 0 or learning_rate <= 0:
+        raise ValueError(f"{steps=}, {warmup=} and {cooldown=} must be 0 or more, {learning_rate=} positive")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, cooldown))
+    )
     losses, bar = [], tqdm(range(steps), disable=not progress, unit="step")
     for step in bar:
         loss = loss_fn(model, batches.batch(step))

@@ -1,4 +1,4 @@
-"""The parts of a plain decoder (norm, SwiGLU, RoPE with YaRN, attention) and the language model made of them.
+"""The small layers: RMSNorm, SwiGLU, and rotary positions with the frequencies of YaRN.
 
 Generated from chapters/02_baseline.ipynb; edit the chapter, not this file.
 """
@@ -55,15 +55,17 @@ def rope_table(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0) -
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each neighbouring pair (x[2i], x[2i+1]) by its position's angle, in float32.
+    """Turn each neighbouring pair (x[2i], x[2i+1]) by its position's angle, in float32 at least.
 
-    x: (B, T, H, dim); rope: cosines and sines (T, dim/2). The interleaved layout of the published weights.
+    x: (B, T, H, dim); rope: cosines and sines (T, dim/2). The interleaved layout of the published weights: a pair is
+    one complex number, times e^(i angle).
     """
     if rope[0].shape != (x.shape[1], x.shape[-1] // 2):
         raise ValueError(f"rope table {tuple(rope[0].shape)} does not fit x {tuple(x.shape)}: (T, dim/2) is needed")
-    cos, sin = (table[:, None] for table in rope)  # (T, 1, dim/2)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, dim/2) each
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, T, H, dim/2)
+    turned = pairs * torch.complex(*rope).unsqueeze(1)
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 # What happens beyond the trained length?

@@ -39,15 +39,17 @@ def attend_expanded_reference(
 def attend_absorbed(q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, kv_b: Tensor, scale: float) -> Tensor:
     """`attend_expanded_reference` without a key or value: W^UK moves into the query, W^UV behind the weighted sum.
 
-    Same arguments and result, (B, T, H, v). Scores and softmax are taken in float32 at least.
+    Same arguments and result, (B, T, H, v). The softmax is taken in float32 at least.
     """
+    (n_queries, n_heads), n_keys = q_nope.shape[1:3], c_kv.shape[1]
     w_uk, w_uv = kv_b.split([q_nope.shape[-1], kv_b.shape[1] - q_nope.shape[-1]], dim=1)  # (H, nope, C), (H, v, C)
-    q_c = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)  # (B, T, H, C)
-    scores = torch.einsum("bthc,bsc->bhts", q_c, c_kv) + torch.einsum("bthr,bsr->bhts", q_pe, k_pe)
-    if q_nope.shape[1] > 1:  # one query is the last position and sees everything
-        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], scores.device), float("-inf"))
+    q_c = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
+    scores = q_c.flatten(1, 2) @ c_kv.mT + q_pe.flatten(1, 2) @ k_pe.mT  # (B, T*H, S)
+    if n_queries > 1:  # one query is the last position and sees everything
+        hidden_mask = ~causal_mask(n_queries, n_keys, scores.device).repeat_interleave(n_heads, dim=0)  # (T*H, S)
+        scores = scores.masked_fill(hidden_mask, float("-inf"))
     weights = (scores * scale).softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    z = torch.einsum("bhts,bsc->bthc", weights.type_as(c_kv), c_kv)  # (B, T, H, C)
+    z = (weights.type_as(c_kv) @ c_kv).unflatten(1, (n_queries, n_heads))  # (B, T, H, C)
     return torch.einsum("bthc,hvc->bthv", z, w_uv)
 
 
@@ -101,7 +103,10 @@ class MLA(nn.Module):
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Content and rotary part of every head's query (equations 6-9): (B, T, H, nope), (B, T, H, rope)."""
-        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_pe = q.unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
         return q_nope, apply_rope(q_pe, rope)
 

@@ -79,6 +79,20 @@ def test_fused_attention_equals_the_reference_with_gradients(n_queries, n_keys, 
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+def test_fused_attention_equals_the_reference_in_other_types(dtype, tolerance):
+    shapes = (2, 9, 3, 6), (2, 9, 3, 6), (2, 9, 3, 5)
+    wide = [normal(*shape, seed=seed, dtype=torch.float64).to(dtype).double() for seed, shape in enumerate(shapes)]
+    upstream, results = normal(2, 9, 3, 5, seed=3, dtype=torch.float64), []
+    for attend, kind in ((attention_reference, torch.float64), (causal_attention, dtype)):
+        inputs = [tensor.to(kind).requires_grad_() for tensor in wide]
+        out = attend(*inputs, 0.4)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(kind))])
+    for slow, fast in zip(*results, strict=True):
+        assert fast.dtype == dtype
+        torch.testing.assert_close(fast.double(), slow, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 6])
 def test_grouped_heads_equal_a_loop_over_heads(n_kv_heads):
     q, k, v = normal(2, 5, 6, 4), normal(2, 5, n_kv_heads, 4, seed=1), normal(2, 5, n_kv_heads, 4, seed=2)
@@ -145,6 +159,34 @@ def test_cache_refuses_too_many_positions_and_another_batch(shape):
     assert cache.length == 0
     with pytest.raises(ValueError, match="length=-1"):
         cache.truncate(-1)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 6])
+def test_bfloat16_autocast_trains_and_decodes(n_kv_heads):
+    model, text = tiny_model(n_kv_heads), ids(2, 13)
+    exact = next_token_loss(model, text)
+    expected = torch.autograd.grad(exact, list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = next_token_loss(model, text)
+        with torch.no_grad():
+            caches, whole = model.new_caches(2, 13), model(text)
+            pieces = torch.cat([model(part, caches) for part in text.split((7, 5, 1), dim=1)], dim=1)
+    assert loss.dtype == torch.float32 and whole.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, exact, rtol=0.01, atol=0)
+    assert all(
+        (a - b).norm() < 0.05 * b.norm()
+        for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True)
+    )
+    assert (pieces - whole).norm() < 0.01 * whole.norm()
+
+
+@torch.no_grad()
+def test_a_cache_of_another_type_returns_the_type_it_was_given():
+    model, text = tiny_model(2), ids(2, 9)
+    caches = [Cache(*(t.shape for t in cache.tensors), dtype=torch.bfloat16) for cache in model.new_caches(2, 9)]
+    out, whole = torch.cat([model(part, caches) for part in text.split((5, 4), dim=1)], dim=1), model(text)
+    assert out.dtype == torch.float32 and caches[0].tensors[0].dtype == torch.bfloat16
+    assert 0 < (out - whole).norm() < 0.01 * whole.norm()
 
 
 def rows_for_rotate_half(weight, head_dim):
@@ -243,6 +285,14 @@ def test_fit_reduces_the_loss_and_reports_every_step():
     assert next_token_loss(model, ids(4, 12)).item() < losses[-1] + 0.1
 
 
+def test_fit_cools_down_to_a_learning_rate_of_zero():
+    model, weights = tiny_model(), []
+    keep = lambda step, loss: weights.append(model.lm_head.weight.detach().clone())  # noqa: E731
+    fit(model, OneBatch(), 12, warmup=0, cooldown=8, weight_decay=0.0, after_step=keep, progress=False)
+    moved = [(after - before).norm().item() for before, after in zip(weights, weights[1:], strict=False)]
+    assert moved[-1] < 0.4 * moved[4] and min(moved) > 0
+
+
 def test_fit_uses_the_loss_it_is_given_and_warms_up():
     model = tiny_model()
     before = model.lm_head.weight.detach().clone()
@@ -259,7 +309,9 @@ def test_fit_for_no_steps_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("bad", [{"steps": -1}, {"steps": 1, "warmup": -2}, {"steps": 1, "learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"steps": -1}, {"steps": 1, "warmup": -2}, {"steps": 1, "cooldown": -1}, {"steps": 1, "learning_rate": 0.0}]
+)
 def test_fit_refuses_bad_numbers_before_it_trains(bad):
     with pytest.raises(ValueError, match="must be 0 or more, learning_rate="):
         fit(None, None, progress=False, **bad)

@@ -119,6 +119,23 @@ def test_apply_rope_equals_transformers_interleaved_rotation():
     torch.testing.assert_close(their_k.transpose(1, 2), apply_rope(k, rope)[..., order], rtol=1e-5, atol=1e-5)
 
 
+def test_apply_rope_takes_slices_at_odd_places_and_returns_their_gradient():
+    wide, rope = normal(2, 5, 3, 11).requires_grad_(), rope_table(torch.arange(5), rope_frequencies(6))
+    a, b = wide[..., 3:9:2], wide[..., 4:9:2]  # the pairs of channels 3 .. 8
+    cos, sin = (table.unsqueeze(1) for table in rope)
+    expected = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    results = apply_rope(wide[..., 3:9], rope), expected
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(out.pow(3).sum(), wide) for out in results), rtol=1e-4, atol=1e-4)
+
+
+def test_apply_rope_turns_float64_in_float64():
+    x, frequencies = normal(1, 5, 1, 8, dtype=torch.float64), rope_frequencies(8).double()
+    turned = apply_rope(x, rope_table(torch.arange(5), frequencies))
+    back = apply_rope(turned, rope_table(-torch.arange(5), frequencies))
+    torch.testing.assert_close(back, x, rtol=1e-14, atol=1e-14)
+
+
 def test_apply_rope_turns_bfloat16_in_float32_and_returns_bfloat16():
     x, rope = normal(1, 5, 1, 8).bfloat16(), rope_table(torch.arange(900, 905), rope_frequencies(8))
     assert apply_rope(x, rope).dtype == torch.bfloat16

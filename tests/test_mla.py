@@ -123,6 +123,21 @@ def test_cached_equals_uncached_for_any_batch_lengths_and_chunks(batch, chunks, 
         torch.testing.assert_close(out, layer(x, table(config, 0, length)), **EXACT)
 
 
+@pytest.mark.parametrize("absorb", [None, True, False])
+def test_bfloat16_autocast_trains_and_decodes(absorb):
+    config, layer, x = layer_and_input(dtype=torch.float32)
+    exact = layer(x, table(config, 0, 13))
+    expected = gradients(layer, x, exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, table(config, 0, 13), absorb=absorb)
+        with torch.no_grad():
+            cached = forward_in_pieces(layer, config, x, layer.new_cache(2, 13), [6, 12, 13], absorb=absorb)
+    assert out.dtype == cached.dtype == torch.bfloat16
+    results = [out, cached, *gradients(layer, x, out)]
+    for result, wanted in zip(results, [exact, exact, *expected], strict=True):
+        assert (result - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_prompt_then_single_tokens_through_a_whole_model_equals_one_pass():
     torch.manual_seed(0)
     model = LanguageModel(small_config(vocab_size=31, num_hidden_layers=2, rope_scaling=YARN), attention=MLA).double()
