@@ -8,9 +8,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_mini.balance import BiasBalancer, auxiliary_loss, expert_load, sequence_balance_loss
+from dsv3_mini.balance import (
+    BiasBalancer,
+    auxiliary_loss,
+    expert_load,
+    max_violation,
+    sequence_balance_loss,
+    specialisation,
+)
 from dsv3_mini.baseline import Attention, LanguageModel, fit, next_token_loss
 from dsv3_mini.checkpoint import write_json
 from dsv3_mini.config import ModelConfig
@@ -26,7 +34,7 @@ from dsv3_mini.data import (
     train_tokenizer,
 )
 from dsv3_mini.mla import MLA
-from dsv3_mini.moe import moe_feed_forward, record_routing
+from dsv3_mini.moe import Routing, moe_feed_forward, record_routing
 
 
 def summary(variant: str, seed: int, model: nn.Module, losses: list[float], started: float) -> dict:
@@ -84,64 +92,122 @@ def attention_runs(seeds: int = 3, steps: int = 150) -> Iterator[dict]:
             yield {**run, "corpus": corpus.sha256, "valid_loss": round(loss, 4), "valid_bits_per_byte": round(bits, 4)}
 
 
-def balance_run(variant: str, seed: int, gamma: float = 0.01, alpha: float = 0.01, steps: int = 150) -> dict:
-    """Train a small mixture on the four languages; variant "none", "auxiliary", "sequence" or "bias".
+BALANCE_MODEL = dict(
+    vocab_size=DOMAIN_VOCAB_SIZE,
+    hidden_size=64,
+    num_hidden_layers=3,
+    q_lora_rank=None,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=16,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    initializer_range=0.02,
+)
 
-    alpha scales the two losses, gamma the bias step. The log adds MaxVio over time and the load by domain.
+BALANCING: dict[str, dict] = {
+    "none": {},
+    "auxiliary": {"auxiliary": 0.01},
+    "auxiliary, strong": {"auxiliary": 0.1},
+    "sequence": {"sequence": 0.01},
+    "bias": {"gamma": 0.01},
+    "bias, no dense layer": {"gamma": 0.01, "dense_layers": 0},
+}
+
+
+def balance_penalty(routings: list[Routing], auxiliary: float, sequence: float, n_sequences: int) -> Tensor | float:
+    """The balance losses of all layers, each times its factor."""
+    penalty = 0.0
+    for r in routings:
+        if auxiliary:
+            penalty = penalty + auxiliary * auxiliary_loss(r)
+        if sequence:
+            penalty = penalty + sequence * sequence_balance_loss(r.scores, r.indices.shape[1], n_sequences)
+    return penalty
+
+
+@torch.no_grad()
+def load_by_window(model: nn.Module, windows: Tensor) -> list[Tensor]:
+    """Choices of each expert in each window, (E, B) counts for every mixture layer."""
+    with record_routing(model) as routings:
+        model(windows[:, :-1])
+    layers = [(r.indices.chunk(len(windows)), r.scores.shape[1]) for r in routings]
+    return [torch.stack([expert_load(i, n_experts) for i in parts], dim=1) for parts, n_experts in layers]
+
+
+def balance_report(model: nn.Module, windows: Tensor, domain_idx: Tensor) -> dict[str, list]:
+    """For every mixture layer: MaxVio over all windows and on average within one, load and information by domain."""
+    names = "held_out_max_violation", "sequence_max_violation", "specialisation", "load_by_domain"
+    report = {name: [] for name in names}
+    for by_window in load_by_window(model, windows):
+        by_domain = by_window @ F.one_hot(domain_idx)  # (E, domains)
+        report["held_out_max_violation"].append(round(max_violation(by_window.sum(1)), 4))
+        report["sequence_max_violation"].append(round(sum(map(max_violation, by_window.T)) / len(windows), 4))
+        report["specialisation"].append(round(specialisation(by_domain), 4))
+        report["load_by_domain"].append(by_domain.tolist())
+    return report
+
+
+def balance_run(
+    variant: str,
+    seed: int,
+    *,
+    auxiliary: float = 0.0,
+    sequence: float = 0.0,
+    gamma: float = 0.0,
+    dense_layers: int = 1,
+    steps: int = 500,
+) -> dict:
+    """Train a small mixture on the four languages: two losses by their factors, the bias by its step gamma.
+
+    The log adds, for every mixture layer: MaxVio in every fifth batch as [step, MaxVio], MaxVio on held-out text and
+    the mean bias as [step, MaxVio, bias]; at the end the biases and `balance_report`. Its training loss is the task's.
     """
-    windows, domain_idx = domain_windows(DOMAINS, 6600, 64, seed=seed)
-    train, valid, valid_idx = windows[:6400], windows[6400:], domain_idx[6400:]
-    config = ModelConfig.preset("nano", vocab_size=DOMAIN_VOCAB_SIZE, num_hidden_layers=3, initializer_range=0.02)
+    windows, domain_idx = domain_windows(DOMAINS, 6600, 48, seed=seed)
+    train, valid, valid_idx = windows[:6000], windows[6000:], domain_idx[6000:]
     torch.manual_seed(seed)
     started = time.perf_counter()
+    config = ModelConfig.preset("nano", **BALANCE_MODEL, first_k_dense_replace=dense_layers)
     model = LanguageModel(config, feed_forward=moe_feed_forward)
-    balancer, violations = BiasBalancer(model, gamma if variant == "bias" else 0.0), []
+    balancer, task, in_batch, held_out = BiasBalancer(model, gamma), [], [], []
 
     def loss_fn(model, batch):
         with record_routing(model) as routings:
             loss = next_token_loss(model, batch)
         balancer.observe(routings)
-        if variant == "auxiliary":
-            loss = loss + alpha * sum(auxiliary_loss(r) for r in routings)
-        if variant == "sequence":
-            top_k = config.num_experts_per_tok
-            loss = loss + alpha * sum(sequence_balance_loss(r.scores, top_k, len(batch)) for r in routings)
-        return loss
+        task.append(loss.item())
+        return loss + balance_penalty(routings, auxiliary, sequence, len(batch))
 
     def after_step(step, loss):
-        violation = balancer.step()
+        violations = [round(value, 3) for value in balancer.step()]
         if (step + 1) % 5 == 0:
-            violations.append([step + 1, [round(value, 3) for value in violation]])
+            in_batch.append([step + 1, violations])
+        if (step + 1) % 50 == 0:
+            report = balance_report(model, valid[::2], valid_idx[::2])
+            bias = [round(gate.e_score_correction_bias.mean().item(), 4) for gate in balancer.gates]
+            held_out.append([step + 1, report["held_out_max_violation"], bias])
 
-    losses = fit(model, Batches(train, 32, seed), steps, loss_fn=loss_fn, after_step=after_step, progress=False)
-    run = summary(variant, seed, model, losses, started) | {"gamma": gamma, "alpha": alpha, "max_violation": violations}
-    run["valid_loss"] = round(mean_loss(model, valid), 4)
-    return run | {"load_by_domain": load_by_domain(model, valid, valid_idx)}
-
-
-@torch.no_grad()
-def load_by_domain(model: nn.Module, windows: Tensor, domain_idx: Tensor) -> list[list[list[int]]]:
-    """Choices of each expert on each domain's windows: for every mixture layer E rows of one count a domain."""
-    columns = []
-    for domain in range(int(domain_idx.max()) + 1):
-        with record_routing(model) as routings:
-            model(windows[domain_idx == domain, :-1])
-        columns.append([expert_load(r.indices, r.scores.shape[1]) for r in routings])
-    return [torch.stack(layer, dim=1).tolist() for layer in zip(*columns, strict=True)]
+    fit(model, Batches(train, 32, seed), steps, loss_fn=loss_fn, after_step=after_step, progress=False)
+    run = summary(variant, seed, model, task, started)
+    run |= {"auxiliary": auxiliary, "sequence": sequence, "gamma": gamma, "max_violation": in_batch}
+    run |= {"held_out": held_out, "valid_loss": round(mean_loss(model, valid), 4)}
+    run["bias"] = [[round(value, 4) for value in gate.e_score_correction_bias.tolist()] for gate in balancer.gates]
+    return run | balance_report(model, valid, valid_idx)
 
 
-def balance_runs(seeds: int = 3, steps: int = 150) -> Iterator[dict]:
-    """No balancing, auxiliary loss, sequence-wise loss and bias, the same data for each seed."""
+def balance_runs(seeds: int = 3, steps: int = 500) -> Iterator[dict]:
+    """Every way of balancing, the same data and the same first weights for each seed."""
     for seed in range(seeds):
-        for variant in ("none", "auxiliary", "sequence", "bias"):
-            yield balance_run(variant, seed, steps=steps)
+        for variant, options in BALANCING.items():
+            yield balance_run(variant, seed, **options, steps=steps)
 
 
-def gamma_runs(seeds: int = 3, steps: int = 120) -> Iterator[dict]:
+def gamma_runs(seeds: int = 3, steps: int = 500) -> Iterator[dict]:
     """The bias update at four speeds."""
     for seed in range(seeds):
         for gamma in (0.0001, 0.001, 0.01, 0.1):
-            yield {**balance_run("bias", seed, gamma=gamma, steps=steps), "variant": f"{gamma:g}"}
+            yield balance_run(f"{gamma:g}", seed, gamma=gamma, steps=steps)
 
 
 EXPERIMENTS: dict[str, Callable] = {"attention": attention_runs, "balance": balance_runs, "gamma": gamma_runs}
