@@ -185,6 +185,7 @@ def draw_timeline(ax, spans: Iterable[Span], numbers: bool = True) -> None:
     limits = dict(xlim=(0, max(span.end for span in spans)), ylim=(n_ranks - 0.5, -0.5))
     ax.set(yticks=range(n_ranks), ylabel="rank", **limits)
     ax.grid(False)
+    ax.set_rasterization_zorder(5)  # in an SVG, hundreds of boxes weigh less as pixels
 
 
 # What does 1F1B save?

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import connection, get_context, parent_process
 
@@ -82,7 +83,8 @@ class Workers:
             raise ValueError(f"{len(arguments)} tuples of arguments for {len(self.pipes)} ranks")
         try:
             for pipe, mine in zip(self.pipes, arguments, strict=True):
-                pipe.send_bytes(pickle.dumps((function, mine)))
+                with suppress(BrokenPipeError):  # that rank is dead: `collect` says so
+                    pipe.send_bytes(pickle.dumps((function, mine)))
             return collect(self.processes, self.pipes, self.timeout)
         except BaseException:
             self.close()
@@ -91,10 +93,8 @@ class Workers:
     def close(self) -> None:
         """End every process, politely where it still listens."""
         for pipe in self.pipes:
-            try:
+            with suppress(OSError):
                 pipe.send_bytes(pickle.dumps(None))
-            except OSError:
-                pass
             pipe.close()
         for process in self.processes:
             process.join(0.5)
@@ -115,7 +115,7 @@ def collect(processes: list, pipes: list, timeout: float) -> list:
     while len(answers) < len(pipes):
         missing = [rank for rank in range(len(pipes)) if rank not in answers]
         ready = connection.wait([pipes[rank] for rank in missing], max(0.0, deadline - time.monotonic()))
-        if not ready and (errors := failures(answers)):
+        if not ready and failures(answers):
             break
         if not ready:
             raise RuntimeError(f"rank {missing[0]} gave no answer within {timeout:.0f} s; all ranks were ended")
@@ -143,8 +143,11 @@ def answer_of(process, pipe: connection.Connection) -> tuple:
 
 
 def open_store(port: int | None) -> dist.TCPStore:
-    """The address book in which the ranks find each other, on a free port of 127.0.0.1 or on the one asked for."""
+    """The address book in which the ranks find each other: on 127.0.0.1, at a free port or at the one asked for."""
     try:
-        return dist.TCPStore("127.0.0.1", port or 0, is_master=True, wait_for_workers=False)
-    except dist.DistNetworkError as error:
+        listener = socket.create_server(("127.0.0.1", port or 0))  # left to itself, torch listens on every interface
+    except OSError as error:
         raise OSError(f"port {port} of 127.0.0.1 is in use; give another, or None for a free one") from error
+    port = listener.getsockname()[1]
+    descriptor = listener.detach()
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)

@@ -4,6 +4,8 @@ import copy
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -232,7 +234,7 @@ def failing_step(n_ranks, damaged, kind, windows=None):
 
 
 def test_a_killed_rank_is_named_and_takes_all_with_it():
-    assert failing_step(3, 1, DyingStage).startswith("rank 1 failed: the process ended with exit code -9")
+    assert failing_step(2, 1, DyingStage).startswith("rank 1 failed: the process ended with exit code -9")
 
 
 def test_a_stage_that_returns_a_view_is_refused():
@@ -255,10 +257,31 @@ def sleep_long(seconds):
 
 
 def test_a_rank_that_gives_no_answer_is_named_when_time_is_up():
-    workers = Workers(2, timeout=3)
-    with pytest.raises(RuntimeError, match="rank 1 gave no answer within 3 s"):
+    workers, started = Workers(2, timeout=2), time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 gave no answer within 2 s"):
         workers.run(sleep_long, [(0,), (60,)])
-    assert not any(process.is_alive() for process in workers.processes)
+    assert time.monotonic() - started < 20 and not any(process.is_alive() for process in workers.processes)
+
+
+def exists(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_no_worker_outlives_a_parent_that_is_killed():
+    """Not even one that is busy: it would not notice a closed pipe for a long time."""
+    code = "import os, pickle, time; from dsv3_mini.workers import Workers; w = Workers(2); "
+    code += "print(*w.run(os.getpid, [(), ()]), flush=True); "
+    code += "[pipe.send_bytes(pickle.dumps((time.sleep, (60,)))) for pipe in w.pipes]; "
+    code += "time.sleep(0.3); os.kill(os.getpid(), 9)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    pids, deadline = [int(pid) for pid in run.stdout.split()], time.monotonic() + 10
+    while any(map(exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(pids) == 2 and not any(map(exists, pids))
 
 
 def test_a_port_in_use_is_named():
@@ -281,8 +304,26 @@ def listening():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs /proc")
-def test_workers_listen_on_the_loopback_only(two):
-    assert set().union(*two.run(listening, [(), ()])) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+def test_all_processes_listen_on_the_loopback_only(two):
+    addresses = set().union(listening(), *two.run(listening, [(), ()]))
+    assert "0100007F" in addresses and addresses <= {"0100007F", "0000000000000000FFFF00000100007F"}
+
+
+def test_a_worker_that_died_between_two_steps_is_named():
+    with Workers(2) as workers:
+        workers.run(listening, [(), ()])
+        workers.processes[0].kill()
+        workers.processes[0].join()
+        with pytest.raises(RuntimeError, match="rank 0 failed: the process ended with exit code -9"):
+            workers.run(listening, [(), ()])
+
+
+def gloo_interface():
+    return os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_gloo_is_told_to_use_the_loopback_interface(two):
+    assert all(name.startswith("lo") for name in two.run(gloo_interface, [(), ()]))
 
 
 def thread_count():

@@ -46,7 +46,7 @@ def chunks_of(ops):
     return [chunk for op in ops for chunk in op]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schedules())
 def test_every_chunk_runs_exactly_once_on_every_rank(case):
     schedule, expected = case
@@ -57,7 +57,7 @@ def test_every_chunk_runs_exactly_once_on_every_rank(case):
         assert done["I"] == done["W"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schedules())
 def test_weight_parts_follow_their_input_parts_and_backwards_their_forwards(case):
     for ops in case[0]:
@@ -69,7 +69,7 @@ def test_weight_parts_follow_their_input_parts_and_backwards_their_forwards(case
                 assert place[chunk._replace(kind="F")] < k
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schedules(), st.sampled_from([(1, 2, 1, 3), (1, 2, 1, 2), (3, 5, 1, 7), (2, 7, 3, 9)]), st.sampled_from([0, 1]))
 def test_no_op_starts_before_its_inputs_whatever_the_costs(case, times, latency):
     schedule, n_ranks = case[0], len(case[0])
@@ -95,7 +95,7 @@ def finishes_with_blocking_sends(batches):
     return all(k == len(plan) - 1 for k, plan in zip(at, batches, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schedules())
 def test_batches_never_deadlock_even_when_every_send_blocks(case):
     assert finishes_with_blocking_sends(plan_transfers(case[0]))
@@ -113,7 +113,7 @@ def test_receiving_only_what_the_next_op_needs_would_deadlock():
     assert not finishes_with_blocking_sends(batches)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(schedules())
 def test_transfers_are_posted_after_they_are_made_and_before_they_are_used(case):
     schedule, n_ranks = case[0], len(case[0])
