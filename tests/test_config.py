@@ -158,6 +158,7 @@ def test_theta_beside_rope_parameters_is_read():
     [
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_parameters says rope_scaling="),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters says rope_scaling=None"),
+        ({"rope_parameters": YARN | {"rope_theta": 5}}, "rope_parameters says rope_theta=5, elsewhere it is 10000"),
         ({"rope_parameters": [4]}, "rope_parameters=\\[4\\]"),
         ({"rope_scaling": YARN | {"rope_type": "linear"}}, "rope_type='linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "'llama3'"),
