@@ -10,6 +10,17 @@ from dsv3_mini.config import ModelConfig
 # Where do 671 billion parameters sit?
 
 
+def attention_parameters(c: ModelConfig) -> int:
+    """Parameters of one MLA layer (equations 1-11), the norms on its two latents included."""
+    heads, latent = c.num_attention_heads, c.kv_lora_rank
+    queries = c.hidden_size * heads * c.qk_head_dim
+    if c.q_lora_rank is not None:
+        queries = c.q_lora_rank * (c.hidden_size + 1 + heads * c.qk_head_dim)
+    keys_values = c.hidden_size * (latent + c.qk_rope_head_dim) + latent
+    keys_values += latent * heads * (c.qk_nope_head_dim + c.v_head_dim)
+    return queries + keys_values + heads * c.v_head_dim * c.hidden_size
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """Exact parameter counts: `total` and `activated` (for one token) of the main model, `mtp` beside it.
@@ -22,22 +33,13 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
+        """What must lie in memory."""
         return sum(stored for stored, _ in self.by_component.values())
 
     @property
     def activated(self) -> int:
+        """What one token meets, embedding and output head included."""
         return sum(activated for _, activated in self.by_component.values())
-
-
-def attention_parameters(c: ModelConfig) -> int:
-    """Parameters of one MLA layer (equations 1-11), the norms on its two latents included."""
-    heads, latent = c.num_attention_heads, c.kv_lora_rank
-    queries = c.hidden_size * heads * c.qk_head_dim
-    if c.q_lora_rank is not None:
-        queries = c.q_lora_rank * (c.hidden_size + 1 + heads * c.qk_head_dim)
-    keys_values = c.hidden_size * (latent + c.qk_rope_head_dim) + latent
-    keys_values += latent * heads * (c.qk_nope_head_dim + c.v_head_dim)
-    return queries + keys_values + heads * c.v_head_dim * c.hidden_size
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -103,9 +105,9 @@ def flops_per_token(config: ModelConfig, context: int, training: bool = False) -
 
 
 def training_gpu_hours(flops: float, peak_flops_per_second: float, utilisation: float) -> float:
-    """GPU-hours for `flops` at a share `utilisation` of the peak."""
+    """GPU-hours for `flops` at a share `utilisation` of the peak. Raises ValueError for a share not in (0, 1]."""
     if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation={utilisation} must lie above 0 and at most 1")
+        raise ValueError(f"utilisation={utilisation:.3g} must lie above 0 and at most 1")
     return flops / (peak_flops_per_second * utilisation) / 3600
 
 

@@ -1,4 +1,4 @@
-"""Text turned into training batches: corpora, byte-level BPE, fill-in-the-middle, packing, known entropy.
+"""Text turned into training batches: corpora, byte-level BPE, fill-in-the-middle, packing.
 
 Generated from chapters/01_text_to_tokens.ipynb; edit the chapter, not this file.
 """
@@ -10,18 +10,26 @@ import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dsv3_mini.domains import DOMAIN_SYMBOLS as DOMAIN_SYMBOLS
+from dsv3_mini.domains import DOMAIN_VOCAB_SIZE as DOMAIN_VOCAB_SIZE
+from dsv3_mini.domains import DOMAINS as DOMAINS
+from dsv3_mini.domains import domain_entropy as domain_entropy
+from dsv3_mini.domains import domain_windows as domain_windows
+from dsv3_mini.domains import draw_domain as draw_domain
+
 # Where does text come from?
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Whole documents, split by file into training and validation; `sha256` is the digest of the sorted documents."""
+    """Whole documents, split by file. `sha256` is the digest of the texts, in order, and of the place of the split."""
 
     name: str
     train: list[str]
@@ -29,10 +37,28 @@ class Corpus:
     sha256: str
 
 
+def read_folder(root: Path, patterns: Sequence[str], excluded: Sequence[str] = ()) -> dict[str, str]:
+    """{relative path: text} of UTF-8 files, line ends untouched; bytes that are not UTF-8 become U+FFFD."""
+    texts = {}
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in excluded and not name.startswith(".")]
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            if any(fnmatch(file.name, pattern) for pattern in patterns) and file.is_file():
+                texts[file.relative_to(root).as_posix()] = file.read_bytes().decode("utf-8", errors="replace")
+    return texts
+
+
+def digest(train: list[str], valid: list[str]) -> str:
+    """SHA-256 over the digest of each text, in order, and over where training ends."""
+    parts = [hashlib.sha256(text.encode()).digest() for text in (*train, *valid)]
+    return hashlib.sha256(b"".join([len(train).to_bytes(8, "big"), *parts])).hexdigest()
+
+
 def split_by_file(name: str, texts: dict[str, str], max_bytes: int | None = None) -> Corpus:
     """Split {relative path: text} by a hash of the path: about 5 % of the bytes, in whole files, become validation.
 
     Empty and repeated texts are left out. `max_bytes` keeps a part of the files, the same part on every machine.
+    Raises ValueError where fewer than two files remain.
     """
     order = sorted(texts, key=lambda path: hashlib.sha256(path.encode()).digest())
     sizes = {text: len(text.encode()) for text in (texts[path] for path in order) if text}
@@ -50,14 +76,14 @@ def split_by_file(name: str, texts: dict[str, str], max_bytes: int | None = None
             valid.append(text)
             taken += sizes[text]
     held_out = set(valid)
-    digest = hashlib.sha256(b"\0".join(text.encode() for text in sorted(kept))).hexdigest()
-    return Corpus(name, [text for text in kept if text not in held_out], valid, digest)
+    train = [text for text in kept if text not in held_out]
+    return Corpus(name, train, valid, digest(train, valid))
 
 
 def python_corpus(max_bytes: int | None = None) -> Corpus:
     """The running interpreter's standard library without its tests; it differs between Python versions."""
-    excluded = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
-    return read_folder("python", Path(sysconfig.get_paths()["stdlib"]), ("*.py",), max_bytes, excluded)
+    excluded = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages")
+    return split_by_file("python", read_folder(Path(sysconfig.get_paths()["stdlib"]), ["*.py"], excluded), max_bytes)
 
 
 def folder_corpus(
@@ -65,7 +91,7 @@ def folder_corpus(
     patterns: Sequence[str] = ("*.py", "*.txt", "*.md", "*.rst", "*.tex", "*.c", "*.h", "*.cpp", "*.js", "*.rs"),
     max_bytes: int | None = None,
 ) -> Corpus:
-    """All files below `path` that match a pattern, hidden folders left out.
+    """All files below `path` whose name matches a pattern, hidden files and folders left out.
 
     Raises FileNotFoundError for a missing folder, ValueError for a file or for fewer than two texts.
     """
@@ -74,28 +100,15 @@ def folder_corpus(
         raise FileNotFoundError(f"no folder at {root}")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; a folder of text files is needed")
-    return read_folder(root.name, root, patterns, max_bytes, excluded=set())
-
-
-def read_folder(name: str, root: Path, patterns: Sequence[str], max_bytes: int | None, excluded: set[str]) -> Corpus:
-    """Read UTF-8 files, line ends untouched; bytes that are not UTF-8 become U+FFFD."""
-    texts = {}
-    for file in {file for pattern in patterns for file in root.rglob(pattern)}:
-        parts = file.relative_to(root).parts
-        if file.is_file() and not any(part in excluded or part.startswith(".") for part in parts):
-            texts["/".join(parts)] = file.read_bytes().decode("utf-8", errors="replace")
-    return split_by_file(name, texts, max_bytes)
+    return split_by_file(root.resolve().name, read_folder(root, patterns), max_bytes)
 
 
 # What should a token be?
 
 
 SPECIAL_TOKENS = (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜fim▁hole｜>",
-    "<｜fim▁begin｜>",
-    "<｜fim▁end｜>",
+    *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    *("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"),
 )
 
 
@@ -103,22 +116,26 @@ BOS, EOS, FIM_HOLE, FIM_BEGIN, FIM_END = range(5)
 
 
 WORDS = (
-    r"[!-/:-~&&\p{P}\p{S}][A-Za-z]+"
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
+CUTS = (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", WORDS)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with V3's cuts: digits in groups of at most three, a word, or punctuation with its line break.
+    """Byte-level BPE whose merges stay inside V3's cuts.
 
     The ids 0 to 4 are SPECIAL_TOKENS, then come 256 bytes, then merges. A small corpus may give fewer tokens.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} must be at least {least}: the bytes and the special tokens")
     tokenizer = Tokenizer(models.BPE())
-    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", WORDS)]
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in CUTS]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
@@ -135,25 +152,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text; a special token's name inside a text is ordinary text."""
     before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
-    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    tokenizer.encode_special_tokens = before
-    return ids
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        tokenizer.encode_special_tokens = before
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each of the 256 bytes in a byte-level vocabulary (GPT-2's table)."""
+    printable, others = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}, iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes that each token id stands for; special tokens stand for none."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     special = tokenizer.get_added_tokens_decoder()
     spelled = ("" if i in special else tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size()))
-    return [bytes(alphabet[symbol] for symbol in token) for token in spelled]
+    return [bytes(byte_of[symbol] for symbol in token) for token in spelled]
 
 
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
     """Token ids of any bytes: what is not UTF-8 becomes single-byte tokens, so nothing is lost."""
-    single = {token[0]: i for i, token in enumerate(token_bytes(tokenizer)) if len(token) == 1}
+    single = [tokenizer.token_to_id(symbol) for symbol in byte_symbols()]
     pieces = re.split("([\udc80-\udcff])", data.decode("utf-8", errors="surrogateescape"))
     ids = token_ids(tokenizer, pieces[::2])
     stray = [[single[ord(byte) - 0xDC00]] for byte in pieces[1::2]] + [[]]
@@ -165,6 +186,8 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 def bits_per_byte(nats_per_token: float, n_tokens: int, n_bytes: int) -> float:
     """The loss in bits for each byte of text, comparable between tokenizers: nats x tokens / (bytes x ln 2)."""
+    if n_bytes < 1:
+        raise ValueError(f"n_bytes={n_bytes} must be at least 1")
     return nats_per_token * n_tokens / (n_bytes * math.log(2))
 
 
@@ -172,11 +195,13 @@ def bits_per_byte(nats_per_token: float, n_tokens: int, n_bytes: int) -> float:
 
 
 def boundary_pieces(tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """For each token that ends in a line break after something else: the ids of its two halves."""
+    """For each token of punctuation and line breaks: the ids of its two halves. White space alone is no boundary."""
     pieces = {}
     for i, token in enumerate(token_bytes(tokenizer)):
-        if match := re.fullmatch(rb"(.*[^\r\n])([\r\n]+)", token, re.DOTALL):
-            pieces[i] = encode_bytes(tokenizer, match[1]) + encode_bytes(tokenizer, match[2])
+        text = token.decode("utf-8", errors="surrogateescape")
+        if match := re.fullmatch(r"(.*\S)([\r\n]+)", text, re.DOTALL):
+            halves = (half.encode("utf-8", errors="surrogateescape") for half in match.groups())
+            pieces[i] = list(chain.from_iterable(encode_bytes(tokenizer, half) for half in halves))
     return pieces
 
 
@@ -193,7 +218,12 @@ def split_boundary_tokens(
 
 
 def fill_in_the_middle(ids: list[int], generator: torch.Generator, rate: float = 0.1) -> list[int]:
-    """With probability `rate`, move a random middle to the end: begin prefix hole suffix end middle (PSM)."""
+    """With probability `rate`, move a random middle to the end: begin prefix hole suffix end middle (PSM).
+
+    The end token that tells where the middle stops is the document's own; packing adds it.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate={rate} must lie between 0 and 1")
     if torch.rand((), generator=generator) >= rate:
         return ids
     i, j = sorted(torch.randint(len(ids) + 1, (2,), generator=generator).tolist())
@@ -227,6 +257,7 @@ def pack(
 
     Neighbours share one token, the last target of one and first input of the next, so each token but the stream's
     first is predicted once. The remainder, shorter than `seq_len`, is dropped. No mask between documents.
+    Raises ValueError where not one window is filled.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1")
@@ -258,110 +289,3 @@ class Batches:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.windows), generator=generator)
         return self.windows[order[position * self.batch_size :][: self.batch_size]]
-
-
-# What would a perfect model score?
-
-
-DOMAINS = ("arithmetic", "brackets", "recall", "copy")
-
-
-DOMAIN_SYMBOLS = "ABRC0123456789abcdefghijklmnopqrstuvwx()[]{}<>+*=;:|"
-
-
-DOMAIN_VOCAB_SIZE = 64
-
-
-DIGIT, LETTER, BRACKET, SIGN = (DOMAIN_SYMBOLS.index(symbol) for symbol in "0a(+")
-
-
-PLUS, TIMES, EQUALS, STOP, COLON, BAR = range(SIGN, SIGN + 6)
-
-
-def repeat_episodes(episodes: torch.Tensor, nats: list[float], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay (n, episodes, width) tokens and the cost of one episode end to end; cut both to `length`."""
-    costs = torch.tensor(nats, dtype=torch.float64).repeat(episodes.shape[1])
-    return episodes.flatten(1)[:, :length], costs[:length]
-
-
-def arithmetic(n: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """`7+5=12;` two digits and the sign are drawn, the rest follows. Tokens (n, length), nats (length,)."""
-    m = -(-length // 7)
-    a, b = torch.randint(10, (2, n, m), generator=generator)
-    times = torch.randint(2, (n, m), generator=generator)
-    result = torch.where(times.bool(), a * b, a + b)
-    equals, stop = torch.full_like(a, EQUALS), torch.full_like(a, STOP)
-    tokens = [DIGIT + a, PLUS + times, DIGIT + b, equals, DIGIT + result // 10, DIGIT + result % 10, stop]
-    return repeat_episodes(torch.stack(tokens, -1), [math.log(10), math.log(2), math.log(10), 0, 0, 0, 0], length)
-
-
-def recall(n: int, length: int, generator: torch.Generator, pairs: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """`k3a7f1c9:f1a7a7k3;` distinct keys with values, then keys asked for: each value is free once, known later."""
-    m = -(-length // (4 * pairs + 2))
-    keys = torch.rand(n, m, 16, generator=generator).argsort(-1)[..., :pairs]
-    values = torch.randint(10, (n, m, pairs), generator=generator)
-    asked = torch.randint(pairs, (n, m, pairs), generator=generator)
-    table = torch.stack([LETTER + keys, DIGIT + values], -1).flatten(2)
-    answers = torch.stack([LETTER + keys.gather(-1, asked), DIGIT + values.gather(-1, asked)], -1).flatten(2)
-    colon, stop = torch.full((n, m, 1), COLON), torch.full((n, m, 1), STOP)
-    nats = list(chain.from_iterable((math.log(16 - i), math.log(10)) for i in range(pairs)))
-    return repeat_episodes(
-        torch.cat([table, colon, answers, stop], -1), nats + [0] + [math.log(pairs), 0] * pairs + [0], length
-    )
-
-
-def copy(n: int, length: int, generator: torch.Generator, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mxkqijpv|mxkqijpv;` letters are drawn, then repeated."""
-    m = -(-length // (2 * width + 2))
-    letters = LETTER + 8 + torch.randint(16, (n, m, width), generator=generator)
-    bar, stop = torch.full((n, m, 1), BAR), torch.full((n, m, 1), STOP)
-    return repeat_episodes(
-        torch.cat([letters, bar, letters, stop], -1), [math.log(16)] * width + [0] * (width + 2), length
-    )
-
-
-def brackets(n: int, length: int, generator: torch.Generator, depth: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """`([]{()})<>` opens or closes with equal chance, never past `depth`; which bracket closes is known."""
-    stack, level, rows = torch.zeros(n, depth + 1, dtype=torch.long), torch.zeros(n, dtype=torch.long), torch.arange(n)
-    chance, tokens, nats = torch.eye(depth + 1, dtype=torch.float64)[0], [], []
-    free = math.log(2) + 0.5 * math.log(4)
-    for _ in range(length):
-        nats.append(chance[0] * math.log(4) + chance[1:-1].sum() * free)
-        up = torch.cat([chance[:1], 0.5 * chance[1:-1]])
-        chance = torch.cat([torch.zeros(1), up]) + torch.cat([0.5 * chance[1:-1], chance[-1:], torch.zeros(1)])
-        opens = (level == 0) | ((level < depth) & (torch.rand(n, generator=generator) < 0.5))
-        kind = torch.randint(4, (n,), generator=generator)
-        stack[rows[opens], level[opens]] = kind[opens]
-        tokens.append(BRACKET + torch.where(opens, 2 * kind, 2 * stack[rows, level - 1] + 1))
-        level = level + torch.where(opens, 1, -1)
-    return torch.stack(tokens, 1), torch.stack(nats)
-
-
-def draw_domain(domain: str, n: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (n, length) of a domain and the entropy (length,) of each, in nats, given all before it."""
-    makers = dict(zip(DOMAINS, (arithmetic, brackets, recall, copy), strict=True))
-    if domain not in makers:
-        raise ValueError(f"unknown domain {domain!r}; choose from {', '.join(DOMAINS)}")
-    return makers[domain](n, length, generator)
-
-
-def domain_windows(
-    domains: Sequence[str], n_windows: int, seq_len: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows (n_windows, seq_len + 1) of one domain each, in random order, and their index (n_windows,) in `domains`.
-
-    Token 0 of a window names its domain, so the `seq_len` predicted tokens cost `domain_entropy` on average.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    domain_idx = torch.arange(n_windows)[torch.randperm(n_windows, generator=generator)] % len(domains)
-    windows = torch.empty(n_windows, seq_len + 1, dtype=torch.long)
-    for i, domain in enumerate(domains):
-        mine = domain_idx == i
-        windows[mine, 1:] = draw_domain(domain, int(mine.sum()), seq_len, generator)[0]
-        windows[mine, 0] = DOMAINS.index(domain)
-    return windows, domain_idx
-
-
-def domain_entropy(domain: str, seq_len: int) -> float:
-    """The loss of a perfect predictor on `domain_windows([domain], …)`, in nats per predicted token."""
-    return draw_domain(domain, 1, seq_len, torch.Generator().manual_seed(0))[1].mean().item()

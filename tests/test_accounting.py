@@ -46,6 +46,19 @@ def test_training_flops_are_the_published_ones():
     assert flops_per_token(V3, 0) == 2 * 36_625_618_432
 
 
+def test_a_token_of_latent_costs_as_much_as_two_and_a_quarter_heads():
+    assert kv_cache_bytes_per_token(V3) == 2.25 * kv_cache_bytes_per_token(V3, "mqa")
+    assert kv_cache_bytes_per_token(V3, bytes_per_element=1) == 35_136
+
+
+def test_the_published_speed_gives_the_published_hours():
+    flops = flops_per_token(V3, 4096, training=True) * 1e12
+    assert training_gpu_hours(flops, 989e12, 0.3908) == pytest.approx(180_000, rel=1e-3)
+    for utilisation in (0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="utilisation"):
+            training_gpu_hours(flops, 989e12, utilisation)
+
+
 def test_cost_of_the_reported_hours():
     assert training_cost(2_788_000, 2.0) == 5_576_000
     with pytest.raises(ValueError, match="-1"):

@@ -119,7 +119,7 @@ V2_FAMILY = {
 
 @pytest.mark.parametrize("changes", V2_FAMILY.values(), ids=V2_FAMILY.keys())
 def test_softmax_models_equal_transformers_deepseek_v2(changes):
-    lite = {"rope_scaling": None, "model_type": "deepseek_v2", "torch_dtype": "float32"}
+    lite = {"rope_scaling": None, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "float32"}
     sizes = {**ODD, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "qk_rope_head_dim": 8}
     torch.manual_seed(0)
     model = DeepSeekV3(ModelConfig.preset("v2-lite", **{**sizes, **lite, **changes}))
