@@ -49,8 +49,8 @@ def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def make_folder(folder: str | os.PathLike) -> Path:
     """The folder, made if missing; NotADirectoryError if a file stands in its place."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; a folder is needed to write a checkpoint into")
+    if file := next((part for part in (folder, *folder.parents) if part.is_file()), None):
+        raise NotADirectoryError(f"{file} is a file; a folder is needed to write a checkpoint into")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -83,25 +83,28 @@ def save_weights(
     folder: str | os.PathLike,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    documents: dict[str, str] | None = None,
 ) -> None:
     """Write a model's state dict in the published layout: one `model.safetensors`, or shards and their index.
 
-    dtype: what floating tensors are stored in (routing biases stay float32); None keeps them. Every file is written
-    under a temporary name first; on any error those are removed and an older checkpoint is left whole.
+    dtype: what floating tensors are stored in (routing biases stay float32); None keeps them. documents: text files
+    to write with them, by name. Everything is written under temporary names first; on any error those are removed and
+    an older checkpoint is left whole.
     """
+    check_dtype(dtype)
     folder, tensors = make_folder(folder), published_state(state)
     kinds = {name: stored_dtype(name, tensor, dtype) for name, tensor in tensors.items()}
     sizes = {name: tensor.numel() * kinds[name].itemsize for name, tensor in tensors.items()}
-    shards = split_shards(sizes, max_shard_bytes)
-    partials = {file: folder / f"{file}.partial" for file in (*shards, *[INDEX][: len(shards) > 1])}
+    shards, texts = split_shards(sizes, max_shard_bytes), dict(documents or {})
+    if len(shards) > 1:
+        texts[INDEX] = index_text(shards, sum(sizes.values()))
+    partials = {file: folder / f"{file}.partial" for file in (*shards, *texts)}
     try:
         for file, names in shards.items():
             shard = {name: tensors[name].detach().to("cpu", kinds[name]).contiguous().clone() for name in names}
             save_file(shard, partials[file], metadata={"format": "pt"})
-        if INDEX in partials:
-            weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            partials[INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file, text in texts.items():
+            partials[file].write_text(text, encoding="utf-8")
     except BaseException:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
@@ -111,15 +114,27 @@ def save_weights(
     remove_other_weights(folder, partials.keys())
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """ValueError unless dtype is None or a floating type of 16 bits or more; FP8 needs scales beside it."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"dtype={dtype!r} must be None or a floating type such as torch.bfloat16 or torch.float32")
+
+
 def stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The type in which a tensor goes to disk."""
     keep = dtype is None or not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
     return tensor.dtype if keep else dtype
 
 
+def index_text(shards: dict[str, list[str]], total_size: int) -> str:
+    """The JSON of the index: which shard holds which tensor, and the bytes of all tensors."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2) + "\n"
+
+
 def remove_other_weights(folder: Path, keep: Collection[str]) -> None:
-    """Delete an older checkpoint's files: its index first, so that what is left never points at a missing shard."""
-    shard = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+    """Delete an older checkpoint and what a killed writer left; the index first, lest it point at missing shards."""
+    shard = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
     old = [file for file in sorted(folder.iterdir()) if file.name == INDEX or shard.fullmatch(file.name)]
     for file in sorted(old, key=lambda file: file.name != INDEX):
         if file.name not in keep:
@@ -151,75 +166,100 @@ def open_tensors(file: Path):
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. ValueError unless every file is a plain name inside the folder."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a checkpoint index: {error!r}") from error
+    for name, file in pairs:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} sends {name} to {file!r}, which is not the name of a file beside it")
+    return weight_map
+
+
 def locate_tensors(folder: Path) -> dict[str, Path]:
     """Published name -> the file that holds it, from the index, the single file, or all files there are."""
     if (index := folder / INDEX).is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a checkpoint index: {error!r}") from error
+        weight_map = read_index(index)
         if missing := sorted({file for file in weight_map.values() if not (folder / file).is_file()}):
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing[:3])}, which its index names")
         return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
+    single, found = folder / "model.safetensors", {}
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors")
-    return {name: file for file in files for name in open_tensors(file).keys()}
+    for file in files:
+        for name in open_tensors(file).keys():
+            if found.setdefault(name, file) != file:
+                raise ValueError(f"{name} is in {found[name].name} and in {file.name}, and {folder} has no index")
+    return found
 
 
 # What is in the FP8 files?
 
 
 class Reader:
-    """Reads tensors of a checkpoint folder by published name; float8 ones are dequantised with their block scales."""
+    """Reads tensors of a checkpoint folder by published name; float8 ones are dequantised with their block scales.
+
+    One file is open at a time, so that the memory of a large checkpoint is not mapped beside the tensors made from it.
+    """
 
     def __init__(self, folder: Path, block: int = 128):
-        self.files, self.block, self.handles = locate_tensors(folder), block, {}
+        self.files, self.block, self.opened = locate_tensors(folder), block, (None, None)
 
     def raw(self, name: str) -> Tensor:
         """The tensor as stored."""
         file = self.files[name]
-        if file not in self.handles:
-            self.handles[file] = open_tensors(file)
+        if self.opened[0] != file:
+            self.opened = (file, open_tensors(file))
         try:
-            return self.handles[file].get_tensor(name)
+            return self.opened[1].get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{file} lacks {name}, which its index promises: {error}") from error
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor's values in `dtype`; None keeps the stored one, and gives bfloat16 for float8.
 
-        w = q * scale for float8: `weight_scale_inv` is a factor in spite of its name.
+        Raises ValueError for integers, for float8 without scales, and for scales without float8.
         """
-        tensor = self.raw(name)
-        if tensor.dtype != torch.float8_e4m3fn:
-            return tensor if dtype is None else tensor.to(dtype)
-        if f"{name}_scale_inv" not in self.files:
-            raise ValueError(f"{name} is float8, and the checkpoint lacks its scales {name}_scale_inv")
-        scale = self.raw(f"{name}_scale_inv").float()
-        blocks = tuple(-(-n // self.block) for n in tensor.shape)  # rounded up: edge blocks may be partly empty
-        if scale.shape != blocks:
-            raise ValueError(f"{name}_scale_inv has shape {tuple(scale.shape)}, {tuple(tensor.shape)} needs {blocks}")
-        scale = scale.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
-        return (tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]).to(dtype or torch.bfloat16)
+        tensor, scaled = self.raw(name), f"{name}_scale_inv" in self.files
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is stored as {tensor.dtype}; a floating type is needed")
+        if (tensor.dtype == torch.float8_e4m3fn) != scaled or tensor.dtype.itemsize == 1 and not scaled:
+            found = "has" if scaled else "lacks"
+            raise ValueError(f"{name} is {tensor.dtype}, and the checkpoint {found} scales {name}_scale_inv")
+        if scaled:
+            return dequantise(name, tensor, self.raw(f"{name}_scale_inv"), self.block, dtype or torch.bfloat16)
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+def dequantise(name: str, q: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """w = q * scale, block by block, in float32: `weight_scale_inv` is a factor in spite of its name."""
+    blocks = tuple(-(-n // block) for n in q.shape)  # rounded up: edge blocks may be partly empty
+    if scale.shape != blocks:
+        raise ValueError(f"{name}_scale_inv has shape {tuple(scale.shape)}, {tuple(q.shape)} needs {blocks}")
+    scale = scale.float().repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return (q.float() * scale[: q.shape[0], : q.shape[1]]).to(dtype)
 
 
 def load_weights(
-    state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None, ignore: tuple[str, ...] = ()
+    state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None, ignore: tuple[str, ...] = (), device="cpu"
 ) -> dict[str, Tensor]:
     """Fill the shapes of `state` (tensors on the meta device will do) from a folder in the published layout.
 
     dtype: of floating tensors in the result (routing biases stay float32); None keeps what is stored, dequantised
     to bfloat16 where it is float8. ignore: name prefixes that the folder may hold though the model does not.
     A tensor that `state` holds under two names is kept once. Raises ValueError naming every missing, unexpected or
-    misshapen tensor, and copies that differ.
+    misshapen tensor, the first that holds NaN or infinity, and copies that differ.
     """
+    check_dtype(dtype)
     reader, loaded, first_names = Reader(folder), {}, {}
     parts = {name: list(published_parts(name, tensor)) for name, tensor in state.items()}
     check_names({part for found in parts.values() for part, _ in found}, reader.files.keys(), ignore)
     for name, found in parts.items():
-        tensor = load_tensor(reader, name, state[name], found, dtype)
+        tensor = load_tensor(reader, name, state[name], found, dtype, device)
         first = first_names.setdefault(id(state[name]), name)
         if first != name and not torch.equal(tensor, loaded[first]):
             raise ValueError(f"{name} differs from {first}, whose copy it should be")
@@ -228,7 +268,7 @@ def load_weights(
 
 
 def load_tensor(
-    reader: Reader, name: str, like: Tensor, parts: list[tuple[str, tuple]], dtype: torch.dtype | None
+    reader: Reader, name: str, like: Tensor, parts: list[tuple[str, tuple]], dtype: torch.dtype | None, device
 ) -> Tensor:
     """One tensor of the model, put together from its published parts."""
     dtype = torch.float32 if name.endswith("e_score_correction_bias") else dtype
@@ -237,20 +277,20 @@ def load_tensor(
         piece, expected = reader.read(part, dtype), like[index].shape
         if piece.shape != expected:
             raise ValueError(f"{part} has shape {tuple(piece.shape)}, the config asks for {tuple(expected)}")
+        if not all(extreme.isfinite() for extreme in piece.aminmax()):
+            raise ValueError(f"{part} holds NaN or infinity")
         if result is None:
-            result = torch.empty(like.shape, dtype=piece.dtype)
+            result = torch.empty(like.shape, dtype=piece.dtype, device=device)
         result[index] = piece
     return result
 
 
 def check_names(wanted: set[str], held: Collection[str], ignore: tuple[str, ...]) -> None:
     """Raise ValueError if the folder lacks tensors of the model, or holds others."""
-    extra = {name for name in held if not name.endswith(("_scale_inv", "rotary_emb.inv_freq"))} - wanted
+    known = wanted | {f"{name}_scale_inv" for name in wanted}
+    extra = {name for name in held if not name.endswith("rotary_emb.inv_freq") and not name.startswith(ignore)} - known
     problems = []
-    for label, names in (
-        ("lacks", wanted - set(held)),
-        ("has unexpected", {n for n in extra if not n.startswith(ignore)}),
-    ):
+    for label, names in (("lacks", wanted - set(held)), ("has unexpected", extra)):
         if names:
             shown = ", ".join(sorted(names)[:3])
             problems.append(f"{label} {len(names)} tensors: {shown}{', …' if len(names) > 3 else ''}")

@@ -3,7 +3,10 @@
 Generated from chapters/10_full_model.ipynb; edit the chapter, not this file.
 """
 
+import json
 import os
+import re
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +61,12 @@ class DeepSeekV3(nn.Module):
         config promises (transformers writes such) opens without them. Errors name the file or the tensor.
         """
         folder = find_folder(folder_or_hub_id)
-        config = ModelConfig.from_pretrained(folder)
-        first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
-        mtp = tuple(f"model.layers.{first + k}." for k in range(depth or 1))
-        if not any(name.startswith(mtp) for name in locate_tensors(folder)):
-            config = config.replace(num_nextn_predict_layers=0)
+        config, ignore = match_mtp(ModelConfig.from_pretrained(folder), locate_tensors(folder))
         with torch.device("meta"):
             model = cls(config)
-        ignore = () if config.num_nextn_predict_layers else mtp
-        state = model.state_dict(keep_vars=True)
-        model.load_state_dict(load_weights(state, folder, dtype, ignore), assign=True)
-        return model.to(device)
+        state = load_weights(model.state_dict(keep_vars=True), folder, dtype, ignore, device)
+        model.load_state_dict(state, assign=True)
+        return model
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, **options) -> None:
         """Write config.json and the weights in the published layout; options as in `save_weights`.
@@ -76,6 +74,23 @@ class DeepSeekV3(nn.Module):
         dtype: torch.bfloat16 or torch.float32, None for the model's own.
         """
         dtype = dtype or self.lm_head.weight.dtype
-        save_weights(self.state_dict(), folder, dtype, **options)
         changes = {"torch_dtype": str(dtype).removeprefix("torch."), "quantization_config": None}
-        self.config.replace(**changes).save_pretrained(folder)
+        config = json.dumps(self.config.replace(**changes).to_dict(), indent=2) + "\n"
+        save_weights(self.state_dict(), folder, dtype, documents={"config.json": config}, **options)
+
+
+# What is in the FP8 files?
+
+
+def match_mtp(config: ModelConfig, held: Collection[str]) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Fit a config to the MTP layers that a folder holds: (config, name prefixes of layers to leave aside).
+
+    Without any of the promised layers the model opens without them; those that a config of depth 0 does not ask for
+    are left aside. Half of the promised layers is an error for `load_weights` to name.
+    """
+    first, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    promised = tuple(f"model.layers.{first + k}." for k in range(depth))
+    if any(name.startswith(promised) for name in held):
+        return config, ()
+    modules = (re.fullmatch(r"(model\.layers\.(\d+)\.)eh_proj\.weight", name) for name in held)
+    return config.replace(num_nextn_predict_layers=0), tuple(m[1] for m in modules if m and int(m[2]) >= first)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+from transformers.modeling_layers import MtpModel
 
 import dsv3_mini.checkpoint as checkpoint
 from dsv3_mini.checkpoint import INDEX, Reader, find_folder, load_weights, published_state, save_weights
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.mtp import second_token_logits
 
 FP8 = ModelConfig.preset("v3").quantization_config
 
@@ -43,6 +45,12 @@ def edit_weights(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def edit_index(folder, changes):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= changes
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def quantise(w, block=128):
@@ -170,6 +178,44 @@ def test_a_prediction_module_in_the_folder_may_be_left_aside_by_the_config(tmp_p
     assert not DeepSeekV3.from_pretrained(tmp_path).mtp_layers
 
 
+def transformers_report(folder, **options):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    return model, {kind: set(names) for kind, names in info.items() if names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 300_000])
+def test_transformers_has_nothing_to_report_on_a_folder_without_prediction_module(tmp_path, dtype, max_shard_bytes):
+    model, ids = nano(num_nextn_predict_layers=0).to(dtype), torch.arange(40).view(2, 20)
+    model.save_pretrained(tmp_path, max_shard_bytes=max_shard_bytes)
+    theirs, report = transformers_report(tmp_path)
+    assert report == {} and {p.dtype for p in theirs.parameters()} == {dtype}
+    tolerance = 2e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=tolerance, atol=tolerance)
+
+
+def test_transformers_leaves_the_prediction_module_aside_and_misses_nothing(tmp_path):
+    nano().save_pretrained(tmp_path)
+    _, report = transformers_report(tmp_path, dtype=torch.float32)
+    assert report.keys() == {"unexpected_keys"}
+    assert all(name.startswith("model.layers.3.") for name in report["unexpected_keys"])
+
+
+def test_transformers_drafts_with_the_prediction_module_that_we_save(tmp_path, monkeypatch):
+    model, ids = nano(), torch.arange(40).view(2, 20)
+    model.save_pretrained(tmp_path, max_shard_bytes=300_000)
+    # transformers knows the module as layer 61 only; told that it is layer 3 here, it has nothing to report
+    monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3.*"])
+    main, report = transformers_report(tmp_path, dtype=torch.float32)
+    twin, positions = MtpModel.from_pretrained(main), torch.arange(1, 20)[None]
+    state = twin.forward_layer(0, model.model(ids)[:, :-1], positions, None, input_ids=ids[:, 1:])
+    draft, _ = second_token_logits(
+        model.mtp_layers[0], model.model(ids), torch.cat((ids, ids[:, :1]), 1), model.model.rope
+    )
+    assert report == {}
+    torch.testing.assert_close(twin.shared_head(state), draft, rtol=2e-5, atol=2e-5)
+
+
 # FP8
 
 
@@ -221,6 +267,36 @@ def test_float8_without_its_right_scales_is_refused_by_name(tmp_path, fault):
     key = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     edit_weights(tmp_path, lambda t: t.pop(key) if fault == "missing" else t.update({key: t[key].new_ones(2, 3)}))
     with pytest.raises(ValueError, match="layers.0.self_attn.o_proj.weight_scale_inv"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+def test_scales_beside_a_weight_that_is_not_float8_are_refused(tmp_path):
+    write_float8_folder(nano(num_hidden_layers=2), tmp_path)
+    key = "model.layers.0.self_attn.o_proj.weight"
+    edit_weights(tmp_path, lambda tensors: tensors.update({key: tensors[key].bfloat16()}))
+    with pytest.raises(ValueError, match=f"{key} is torch.bfloat16, and the checkpoint has scales {key}_scale_inv"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+def test_scales_of_a_weight_that_is_not_there_are_refused(tmp_path):
+    nano().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.update({"stray.weight_scale_inv": torch.ones(1, 1)}))
+    with pytest.raises(ValueError, match="has unexpected 1 tensors: stray.weight_scale_inv"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_the_other_float8_format_is_refused(tmp_path, with_scale):
+    write_float8_folder(nano(num_hidden_layers=2), tmp_path)
+    key = "model.layers.0.self_attn.o_proj.weight"
+
+    def change(tensors):
+        tensors[key] = tensors[key].float().to(torch.float8_e5m2)
+        if not with_scale:
+            tensors.pop(f"{key}_scale_inv")
+
+    edit_weights(tmp_path, change)
+    with pytest.raises(ValueError, match=f"{key} is torch.float8_e5m2, and the checkpoint"):
         DeepSeekV3.from_pretrained(tmp_path)
 
 
@@ -346,7 +422,158 @@ def test_a_hub_id_is_downloaded_and_opened(tmp_path, monkeypatch):
     assert asked == ["deepseek-ai/DeepSeek-V3"]
 
 
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/elsewhere.safetensors", "sub/x.safetensors", "", ".."])
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, file):
+    nano().save_pretrained(tmp_path / "run", max_shard_bytes=500_000)
+    save_file({NORM: torch.ones(128)}, tmp_path / "elsewhere.safetensors")
+    edit_index(tmp_path / "run", {NORM: file})
+    with pytest.raises(ValueError, match=f"index.json sends {NORM} to {file!r}, which is not the name of a file"):
+        DeepSeekV3.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [3, None, ["model-00001-of-00002.safetensors"], {}])
+def test_an_index_whose_files_are_no_strings_is_refused(tmp_path, value):
+    nano().save_pretrained(tmp_path, max_shard_bytes=500_000)
+    edit_index(tmp_path, {NORM: value})
+    with pytest.raises(ValueError, match=f"index.json sends {NORM} to"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", 7])
+def test_an_index_whose_map_is_no_map_is_refused(tmp_path, weight_map):
+    nano().save_pretrained(tmp_path, max_shard_bytes=500_000)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="index.json is not a checkpoint index"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+def test_a_name_in_two_files_without_an_index_is_refused(tmp_path):
+    nano().save_pretrained(tmp_path, max_shard_bytes=500_000)
+    (tmp_path / INDEX).unlink()
+    assert_same_weights(DeepSeekV3.from_pretrained(tmp_path), nano())  # without doubles, no index is needed
+    save_file({NORM: torch.ones(128)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=f"{NORM} is in model-0000.* and in other.safetensors, and .* has no index"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "deepseek_v3", "hid', "[]", "", "null", "\udcff"])
+def test_a_torn_config_is_named(tmp_path, text):
+    nano().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="config.json: ") as raised:
+        DeepSeekV3.from_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["NORM", "EXPERT", "model.layers.3.embed_tokens.weight"])
+def test_weights_that_are_no_numbers_are_named(tmp_path, name, bad):
+    name = {"NORM": NORM, "EXPERT": EXPERT}.get(name, name)
+    nano().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors[name].view(-1)[7:8].fill_(bad))
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_integer_weights_are_refused(tmp_path, dtype):
+    nano().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.update({NORM: tensors[NORM].to(dtype)}))
+    with pytest.raises(ValueError, match=f"{NORM} is stored as {dtype}; a floating type is needed"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layers, error", [(2, "has unexpected"), (4, "has unexpected|lacks")])
+def test_an_ordinary_layer_is_never_taken_for_a_prediction_module(tmp_path, layers, error):
+    model = nano(num_nextn_predict_layers=0)
+    model.save_pretrained(tmp_path)
+    model.config.replace(num_hidden_layers=layers).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=error):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+def test_two_prediction_modules_where_the_config_promises_one_are_refused(tmp_path):
+    model = nano(num_nextn_predict_layers=2)
+    model.save_pretrained(tmp_path)
+    model.config.replace(num_nextn_predict_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has unexpected .*model.layers.4"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+# Types, devices and memory
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int32, torch.float8_e4m3fn, torch.complex64, 16])
+def test_a_dtype_that_weights_cannot_have_is_refused_before_anything_is_touched(tmp_path, dtype):
+    nano().save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for act in (lambda: nano().save_pretrained(tmp_path, dtype), lambda: DeepSeekV3.from_pretrained(tmp_path, dtype)):
+        with pytest.raises(ValueError, match="must be None or a floating type such as torch.bfloat16"):
+            act()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_one_file_is_open_at_a_time_and_each_is_opened_about_once(tmp_path, monkeypatch):
+    model, opened, open_tensors = nano(), [], checkpoint.open_tensors
+    model.save_pretrained(tmp_path, max_shard_bytes=300_000)
+    monkeypatch.setattr(checkpoint, "open_tensors", lambda file: opened.append(file.name) or open_tensors(file))
+    assert_same_weights(DeepSeekV3.from_pretrained(tmp_path), model)
+    assert len(set(opened)) == len(list(tmp_path.glob("*.safetensors"))) > 5
+    assert len(opened) <= len(set(opened)) + 4  # an expert layer may lie on a border, and copies are looked up again
+
+
+def test_loaded_tensors_are_their_own_and_not_a_view_of_the_file(tmp_path):
+    nano().save_pretrained(tmp_path)
+    model = DeepSeekV3.from_pretrained(tmp_path)
+    before = model.lm_head.weight.detach().clone()
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 4_000_000)
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_tensors_are_put_on_the_asked_device_one_by_one(tmp_path):
+    nano().save_pretrained(tmp_path)
+    loaded = load_weights({"lm_head.weight": torch.empty(256, 128)}, tmp_path, ignore=("model.",), device="meta")
+    assert loaded["lm_head.weight"].device.type == "meta"
+
+
 # Nothing half-written
+
+
+def test_a_parent_that_is_a_file_is_refused_before_writing(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="out is a file; a folder is needed"):
+        nano().save_pretrained(tmp_path / "out/run")
+    assert files_in(tmp_path) == ["out"]
+
+
+def test_a_config_that_cannot_be_written_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    old, write = nano(0), type(tmp_path).write_text
+    old.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full_disk(self, text, **options):
+        write(self, text[:20], **options)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        nano(1, moe_intermediate_size=48).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_writer_left_is_swept_away_by_the_next(tmp_path):
+    for name in ("model.safetensors.partial", "model-00003-of-00009.safetensors.partial"):
+        (tmp_path / name).write_text("half")
+    nano().save_pretrained(tmp_path)
+    assert files_in(tmp_path) == ["config.json", "model.safetensors"]
+
+
+def test_another_architecture_may_be_saved_over_an_older_one(tmp_path):
+    nano(0, num_nextn_predict_layers=2).save_pretrained(tmp_path, max_shard_bytes=300_000)
+    other = nano(1, moe_intermediate_size=48, num_hidden_layers=2)
+    other.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    back = DeepSeekV3.from_pretrained(tmp_path, dtype=torch.float32)
+    assert back.config.moe_intermediate_size == 48 and len(back.model.layers) == 3
 
 
 def test_a_folder_that_is_a_file_is_refused_before_writing(tmp_path):

@@ -52,6 +52,13 @@ FAMILY = {
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
     },
+    "two shared experts, yarn, groups, no q_lora": {
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 2,
+        "rope_scaling": {**YARN, "factor": 3.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
     "wide values": {"v_head_dim": 26, "routed_scaling_factor": 1.0, "rope_theta": 500.0},
 }
 
@@ -98,11 +105,24 @@ def test_logits_and_gradients_equal_transformers(changes):
     assert_same_function(model, transformers_twin(model), ids_of(model))
 
 
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 40_000])
-def test_logits_and_gradients_equal_transformers_after_a_round_trip(tmp_path, max_shard_bytes):
-    model = odd_model()
+@pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY.keys())
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 40_000], ids=["one file", "shards"])
+def test_logits_and_gradients_equal_transformers_after_a_round_trip(tmp_path, max_shard_bytes, changes):
+    model = odd_model(**changes)
     model.save_pretrained(tmp_path, max_shard_bytes=max_shard_bytes)
     assert_same_function(DeepSeekV3.from_pretrained(tmp_path), transformers_twin(model), ids_of(model))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 40_000], ids=["one file", "shards"])
+def test_transformers_reads_the_same_function_from_our_folder(tmp_path, max_shard_bytes, dtype, depth):
+    odd_model(num_nextn_predict_layers=depth).save_pretrained(tmp_path, dtype, max_shard_bytes=max_shard_bytes)
+    twin = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model = DeepSeekV3.from_pretrained(tmp_path, dtype=torch.float32)
+    assert len(model.mtp_layers) == depth
+    model.model.layers, model.config = model.model.layers[:3], model.config.replace(num_nextn_predict_layers=0)
+    assert_same_function(model, twin, ids_of(model))
 
 
 V2_FAMILY = {
