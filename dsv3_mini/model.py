@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mini.baseline import Cache, Transformer, initialise
-from dsv3_mini.checkpoint import find_folder, load_weights, locate_tensors, save_weights
+from dsv3_mini.checkpoint import check_dtype, find_folder, load_weights, locate_tensors, save_weights
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import moe_feed_forward
@@ -73,6 +73,7 @@ class DeepSeekV3(nn.Module):
 
         dtype: torch.bfloat16 or torch.float32, None for the model's own.
         """
+        check_dtype(dtype)
         dtype = dtype or self.lm_head.weight.dtype
         changes = {"torch_dtype": str(dtype).removeprefix("torch."), "quantization_config": None}
         config = json.dumps(self.config.replace(**changes).to_dict(), indent=2) + "\n"
