@@ -73,7 +73,7 @@ def equal_size_config(config: ModelConfig, attention: Callable) -> ModelConfig:
     return config.replace(intermediate_size=config.intermediate_size + round(missing / (3 * config.hidden_size)))
 
 
-def attention_runs(seeds: int = 3, steps: int = 150) -> Iterator[dict]:
+def attention_runs(seeds: int = 3, steps: int = 400) -> Iterator[dict]:
     """MLA, MHA, GQA and MQA at equal parameters on the standard library's text, the same batches for all."""
     corpus = python_corpus(max_bytes=3_000_000)
     tokenizer = train_tokenizer(corpus.train, 512)
@@ -85,7 +85,7 @@ def attention_runs(seeds: int = 3, steps: int = 150) -> Iterator[dict]:
             torch.manual_seed(seed)
             started = time.perf_counter()
             model = LanguageModel(equal_size_config(base, attention), attention=attention)
-            losses = fit(model, Batches(train, 16, seed), steps, progress=False)
+            losses = fit(model, Batches(train, 16, seed), steps, cooldown=steps // 2, progress=False)
             loss = mean_loss(model, valid[:: max(1, len(valid) // 128)])
             bits = bits_per_byte(loss, valid[:, 1:].numel(), n_bytes)
             run = summary(variant, seed, model, losses, started)
