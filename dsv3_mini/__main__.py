@@ -144,7 +144,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
-    parser.add_argument("name", help="attention, balance or gamma")
+    parser.add_argument("name", help="attention, balance, gamma, mtp, dense, fim, gate, bias_speed or training_speed")
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 
@@ -154,9 +154,8 @@ def experiment(options: argparse.Namespace) -> None:
     from dsv3_mini.experiments import run_experiment
 
     def show(run: dict) -> None:
-        print(
-            f"{run['variant']:10} seed {run['seed']}: validation loss {run['valid_loss']:.4f}, {run['seconds']:.0f} s"
-        )
+        result = f"validation loss {run['valid_loss']:.4f}" if "valid_loss" in run else f"ratio {run['ratio']:.2f}"
+        print(f"{run['variant']:24} seed {run['seed']}: {result}, {run['seconds']:.0f} s", flush=True)
 
     print("wrote", run_experiment(options.name, options.out, show))
 

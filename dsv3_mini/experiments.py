@@ -10,6 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dsv3_mini.ablations import (
+    dense_runs,
+    fim_runs,
+    gate_runs,
+    mtp_runs,
+    speed_of_bias_runs,
+    training_speed_runs,
+)
 from dsv3_mini.balance import BiasBalancer, auxiliary_loss, expert_load, sequence_balance_loss
 from dsv3_mini.baseline import Attention, LanguageModel, fit, next_token_loss
 from dsv3_mini.checkpoint import write_json
@@ -144,7 +152,17 @@ def gamma_runs(seeds: int = 3, steps: int = 120) -> Iterator[dict]:
             yield {**balance_run("bias", seed, gamma=gamma, steps=steps), "variant": f"{gamma:g}"}
 
 
-EXPERIMENTS: dict[str, Callable] = {"attention": attention_runs, "balance": balance_runs, "gamma": gamma_runs}
+EXPERIMENTS: dict[str, Callable] = {
+    "attention": attention_runs,
+    "balance": balance_runs,
+    "gamma": gamma_runs,
+    "mtp": mtp_runs,
+    "dense": dense_runs,
+    "fim": fim_runs,
+    "gate": gate_runs,
+    "bias_speed": speed_of_bias_runs,
+    "training_speed": training_speed_runs,
+}
 
 
 def run_experiment(name: str, folder: str | os.PathLike, on_run: Callable[[dict], None] = lambda run: None) -> Path:
