@@ -48,7 +48,7 @@ def add_train(commands) -> None:
         ("steps", int, "updates of the weights (800)"),
         ("batch-size", int, "sequences a step, after the ramp (8)"),
         ("seq-len", int, "tokens a sequence (128)"),
-        ("learning-rate", float, "at its peak (0.004)"),
+        ("learning-rate", float, "at its peak (0.002)"),
         ("gamma", float, "speed of the routing biases (0.01)"),
         ("dtype", str, "of matrix products: float32 or bfloat16 (float32)"),
         ("device", str, "cpu or cuda (cpu)"),
@@ -144,7 +144,9 @@ def bench(options: argparse.Namespace) -> None:
 
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
-    parser.add_argument("name", help="attention, balance, gamma, mtp, dense, fim, gate, bias_speed or training_speed")
+    parser.add_argument(
+        "name", help="attention, balance, gamma, mtp, dense, fim, gate, bias_speed, mini or training_speed"
+    )
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 
@@ -154,7 +156,7 @@ def experiment(options: argparse.Namespace) -> None:
     from dsv3_mini.experiments import run_experiment
 
     def show(run: dict) -> None:
-        result = f"validation loss {run['valid_loss']:.4f}" if "valid_loss" in run else f"ratio {run['ratio']:.2f}"
+        result = {name: run[name] for name in ("valid_loss", "ratio", "results") if name in run}
         print(f"{run['variant']:24} seed {run['seed']}: {result}, {run['seconds']:.0f} s", flush=True)
 
     print("wrote", run_experiment(options.name, options.out, show))

@@ -1,7 +1,9 @@
 """Draft of ablations.py."""
 
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,9 @@ from dsv3_mini.accounting import count_parameters, flops_per_token
 from dsv3_mini.bench import time_in_turn, transformers_twin
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import bits_per_byte
-from dsv3_mini.evaluate import gaps, infill_exact_match, next_token_accuracy, validation_loss
+from dsv3_mini.dataset import prepare
+from dsv3_mini.evaluate import evaluate, gaps, infill_exact_match, next_token_accuracy, validation_loss
+from dsv3_mini.generate import load_tokenizer
 from dsv3_mini.losses import training_losses
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import TrainOptions
@@ -36,7 +40,7 @@ def measure(run: Run, n_gaps: int = 80) -> dict[str, float]:
 
 def recipe_run(variant: str, seed: int, **changes: Any) -> dict:
     """Train preset nano by the recipe, with changes to its options, and measure it."""
-    options = TrainOptions(**{"steps": 240, "max_bytes": 3_000_000, "seed": seed, **changes})
+    options = TrainOptions(**{"steps": 200, "max_bytes": 3_000_000, "seed": seed, **changes})
     run, started, curve, violations = start_run(options, "unused"), time.perf_counter(), [], []
     while run.step < options.steps:
         entry = train_step(run)
@@ -99,6 +103,21 @@ def speed_of_bias_runs(seeds: int = 3) -> Iterator[dict]:
     for seed in range(seeds):
         for gamma in (0.001, 0.01, 0.1):
             yield recipe_run(f"{gamma:g}", seed, gamma=gamma)
+
+
+def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
+    """The committed model beside simpler things, on the files of its text that it has not read."""
+    described = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    options = TrainOptions(**described["options"])
+    data = prepare(options, load_tokenizer(folder))
+    if data.corpus.sha256 != described["corpus"]["sha256"]:
+        raise ValueError(
+            f"{options.data} is not the text that {folder} was trained on: its validation files may differ"
+        )
+    started = time.perf_counter()
+    results = evaluate(DeepSeekV3.from_pretrained(folder, dtype=torch.float32), data)
+    seconds = round(time.perf_counter() - started, 1)
+    yield {"variant": "mini", "seed": options.seed, "seconds": seconds, "run": described, "results": results}
 
 
 # How fast is a step?

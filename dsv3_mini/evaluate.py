@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from dsv3_mini.baseline import next_token_loss
-from dsv3_mini.data import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, token_ids
+from dsv3_mini.data import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, bits_per_byte, token_ids
+from dsv3_mini.dataset import Dataset
 from dsv3_mini.generate import generate
 from dsv3_mini.model import DeepSeekV3
 
@@ -68,6 +69,19 @@ class NGrams:
             mixed = ((hits - self.discount).clamp(min=0) + self.discount * kind * lower) / above
             p = torch.cat((p[:, : n - 1], torch.where(above > 0, mixed, lower)), dim=1)
         return p[:, 1:].log()
+
+
+def first_choices(ngrams: NGrams, windows: Tensor) -> Tensor:
+    """The token that most often followed the longest known context, for tokens 1 .. T: (n, T + 1) -> (n, T)."""
+    best = torch.zeros_like(windows)
+    for n, (grams, counts, contexts, _, _) in enumerate(ngrams.tables, start=1):
+        order = counts.argsort(stable=True)
+        favourite = torch.zeros_like(contexts)
+        favourite[torch.searchsorted(contexts, grams[order] // ngrams.vocab_size)] = grams[order] % ngrams.vocab_size
+        asked = ngrams.number(windows, n) // ngrams.vocab_size
+        place = torch.searchsorted(contexts, asked).clamp(max=len(contexts) - 1)
+        best[:, n - 1 :] = torch.where(contexts[place] == asked, favourite[place], best[:, n - 1 :])
+    return best[:, 1:]
 
 
 def look_up(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
@@ -130,6 +144,20 @@ def writer(model: DeepSeekV3, tokenizer: Tokenizer, new_tokens: int = 80, temper
     return write
 
 
+def ngram_writer(ngrams: NGrams, tokenizer: Tokenizer, new_tokens: int = 80):
+    """A function that continues a text with the n-gram model's first choices."""
+
+    def write(text: str) -> str:
+        ids = token_ids(tokenizer, [text])[0]
+        start = len(ids)
+        for _ in range(new_tokens):
+            window = torch.tensor([[*([BOS] * ngrams.order), *ids, BOS][-ngrams.order :]])  # the last one is unknown
+            ids.append(first_choices(ngrams, window)[0, -1].item())
+        return tokenizer.decode([i for i in ids[start:] if i != EOS])
+
+    return write
+
+
 # Does it fill gaps?
 
 
@@ -156,3 +184,35 @@ def infill_exact_match(model: DeepSeekV3, found: Sequence[tuple], see_suffix: bo
         new = generate(model, torch.tensor([asked]), len(middle) + see_suffix).tokens[0].tolist()
         hits += new == [*middle, EOS] if see_suffix else new == middle
     return hits / len(found)
+
+
+# How does a finished model compare?
+
+
+def evaluate(model: DeepSeekV3, data: Dataset, max_windows: int = 256, n_heads: int = 50, n_gaps: int = 100) -> dict:
+    """A model and simpler things on text that none of them has read: {measure: {who: value}}.
+
+    Bits per byte of the text, share of next tokens guessed, of function bodies that parse, of gaps filled exactly.
+    """
+    windows = data.valid[:: max(1, len(data.valid) // max_windows)]
+    vocab_size, tokenizer, texts = model.config.vocab_size, data.tokenizer, data.corpus.valid
+    ngrams = {"unigram": NGrams(data.train, vocab_size, 1), "5-gram": NGrams(data.train, vocab_size, 5)}
+    loss = {name: -counts.log_probabilities(windows).mean().item() for name, counts in ngrams.items()}
+    loss["model"] = validation_loss(model, windows, 16, max_windows)
+    bits = {name: bits_per_byte(nats, 1, data.bytes_per_token) for name, nats in loss.items()}
+    guessed = {name: (first_choices(n, windows) == windows[:, 1:]).float().mean().item() for name, n in ngrams.items()}
+    heads, holes = function_heads(texts, n_heads), gaps(tokenizer, texts, n_gaps, windows.shape[1] // 2)
+    truth = {head: text[text.index(head) + len(head) :] for text in texts for head in heads if head in text}
+    return {
+        "bits per byte": compressed_bits_per_byte(texts) | bits,
+        "next token": guessed | {"model": next_token_accuracy(model, windows)},
+        "body parses": {
+            "5-gram": valid_share(ngram_writer(ngrams["5-gram"], tokenizer), heads),
+            "model": valid_share(writer(model, tokenizer), heads),
+            "the text itself": valid_share(truth.get, heads),
+        },
+        "gap filled": {
+            "model, left to right": infill_exact_match(model, holes, see_suffix=False),
+            "model, both sides": infill_exact_match(model, holes),
+        },
+    }

@@ -27,7 +27,7 @@ class TrainOptions:
     seq_len: int = 128
     seed: int = 0
     # optimisation
-    learning_rate: float = 4e-3  # at its peak
+    learning_rate: float = 2e-3  # at its peak
     weight_decay: float = 0.1
     clip: float = 1.0
     mtp_weight: float = 0.3  # lambda, until the learning rate starts to fall

@@ -2,13 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv3_mini.recipe import TrainOptions
 
@@ -77,3 +80,39 @@ def cut_log(log: Path, step: int) -> None:
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         write_whole(log, lambda partial: partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
+
+
+def read_log(out: str | os.PathLike) -> list[dict]:
+    """The lines of OUT/log.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with shared tensors (embedding and head inside the MTP layers) named once."""
+    seen, state = set(), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor
+    return state
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; the second one is not waited for."""
+    requests: list[int] = []
+
+    def note(number, frame):
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
-import threading
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,19 +25,9 @@ from dsv3_mini.losses import training_losses
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import Settings, TrainOptions, check_same_options, sequences_before, settings_at
 from dsv3_mini.recompute import recompute_activations
-from dsv3_mini.resume import Snapshot, cut_log, write_whole
+from dsv3_mini.resume import Snapshot, cut_log, read_log, stop_requests, unique_tensors, write_whole
 
 # What does a run consist of?
-
-
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with shared tensors (embedding and head inside the MTP layers) named once."""
-    seen, state = set(), {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor
-    return state
 
 
 class WeightAverage:
@@ -206,27 +196,6 @@ def load_run(out: str | os.PathLike, options: TrainOptions | None = None) -> Run
     return run
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; the second one is not waited for."""
-    requests: list[int] = []
-
-    def note(number, frame):
-        if requests:
-            raise KeyboardInterrupt
-        requests.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield requests
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def continue_run(run: Run, progress: bool = True) -> None:
     """Train to the last step, logging each; checkpoint every so often and, between two steps, when asked to stop.
 
@@ -234,7 +203,7 @@ def continue_run(run: Run, progress: bool = True) -> None:
     """
     options = run.options
     run.out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=options.steps, initial=run.step, disable=None if progress else True, unit="step")
+    bar = tqdm(total=options.steps, initial=run.step, disable=not progress, unit="step")
     with bar, stop_requests() as requests, open(run.out / "log.jsonl", "a", encoding="utf-8") as log:
         while run.step < options.steps:
             entry = train_step(run)
@@ -266,6 +235,22 @@ def publish(run: Run, dtype: torch.dtype | None = None) -> None:
     write_whole(run.out / "tokenizer.json", lambda partial: tokenizer.save(str(partial)))
     write_json(run.out / "tokenizer_config.json", special | limit)
     write_json(run.out / "generation_config.json", {**ids, "pad_token_id": config.eos_token_id, "do_sample": False})
+    write_json(run.out / "run.json", describe(run))
+
+
+def describe(run: Run) -> dict:
+    """What repeats the run, and what it took: options, text, versions, machine, seconds of all its steps."""
+    entries = read_log(run.out)
+    new_tokens = [b - a for a, b in pairwise([0, *(entry["tokens"] for entry in entries)])]
+    size = {split: sum(len(text.encode()) for text in getattr(run.data.corpus, split)) for split in ("train", "valid")}
+    return {
+        "options": asdict(run.options),
+        "corpus": {"name": run.data.corpus.name, "sha256": run.data.corpus.sha256, "bytes": size},
+        "tokens": entries[-1]["tokens"] if entries else 0,
+        "seconds": round(sum(n / entry["tokens_per_second"] for n, entry in zip(new_tokens, entries, strict=True)), 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+    }
 
 
 def train(
@@ -290,8 +275,7 @@ def train(
 
 def show_result(model: DeepSeekV3, out: str | os.PathLike, prompt: str = "def ", new_tokens: int = 60) -> str:
     """For the terminal: the loss curve in one line, the score on fresh text, and how a prompt goes on."""
-    lines = (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
+    entries = read_log(out)
     if not entries:
         return f"wrote an untrained model to {out}"
     losses = [entry["loss"] for entry in entries]

@@ -48,8 +48,10 @@ def test_log_holds_machine_versions_and_every_run_or_does_not_appear(tmp_path, m
     assert [file.name for file in tmp_path.iterdir()] == ["two.json"]
 
 
-def test_a_run_is_measured_on_text_it_has_not_read():
-    small = {"steps": 3, "max_bytes": 300_000, "batch_size": 5, "seq_len": 32, "fim_rate": 0.5}
+def test_a_run_is_measured_on_text_it_has_not_read(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.py").write_text("".join(f"def f{i}(x):\n    return x * {j * i}\n" for j in range(40)))
+    small = {"steps": 3, "data": str(tmp_path), "batch_size": 5, "seq_len": 32, "fim_rate": 0.5}
     run = ablations.recipe_run("x", 3, **small)
     assert run["seed"] == 3 and run["options"]["fim_rate"] == 0.5 and run["n_activated"] < run["n_parameters"]
     assert 0 <= run["infill"] <= 1 and 0 <= run["accuracy"] < 1 and 1 < run["valid_bits_per_byte"] < 8
