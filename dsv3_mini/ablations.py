@@ -40,7 +40,7 @@ def measure(run: Run, n_gaps: int = 80) -> dict[str, float]:
 
 def recipe_run(variant: str, seed: int, **changes: Any) -> dict:
     """Train preset nano by the recipe, with changes to its options, and measure it."""
-    options = TrainOptions(**{"steps": 200, "max_bytes": 3_000_000, "seed": seed, **changes})
+    options = TrainOptions(**{"steps": 150, "max_bytes": 3_000_000, "seed": seed, **changes})
     run, started, curve, violations = start_run(options, "unused"), time.perf_counter(), [], []
     while run.step < options.steps:
         entry = train_step(run)

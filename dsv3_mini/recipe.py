@@ -28,6 +28,7 @@ class TrainOptions:
     seed: int = 0
     # optimisation
     learning_rate: float = 2e-3  # at its peak
+    embedding_std: float = 0.4  # of the embedding's start; 0 draws it like every other matrix
     weight_decay: float = 0.1
     clip: float = 1.0
     mtp_weight: float = 0.3  # lambda, until the learning rate starts to fall
@@ -45,7 +46,7 @@ class TrainOptions:
         for name in ("batch_size", "seq_len", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        for name in ("steps", "learning_rate", "weight_decay", "clip", "mtp_weight", "gamma", "alpha"):
+        for name in ("steps", "learning_rate", "embedding_std", "weight_decay", "clip", "mtp_weight", "gamma", "alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         for name in ("fim_rate", "split_rate", "ema_horizon"):

@@ -87,7 +87,10 @@ def start_run(options: TrainOptions, out: str | os.PathLike, tokenizer: Tokenize
     if options.batch_size > len(data.train):
         raise ValueError(f"batch_size={options.batch_size} exceeds the {len(data.train)} windows that the text gives")
     torch.manual_seed(options.seed)
-    model = DeepSeekV3(config).to(options.device)
+    model = DeepSeekV3(config)
+    if options.embedding_std:
+        nn.init.normal_(model.model.embed_tokens.weight, std=options.embedding_std)
+    model.to(options.device)
     return Run(
         options=options,
         out=folder,

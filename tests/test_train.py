@@ -214,6 +214,14 @@ def test_recomputation_counts_no_token_twice(options, tmp_path):
 # a run and its checkpoint
 
 
+@pytest.mark.parametrize("wanted, found", [(0.4, 0.4), (0.0, 0.006 * (7168 / 24) ** 0.5)])
+def test_start_keeps_the_products_of_width_and_the_embedding_audible(options, tmp_path, wanted, found):
+    model = start_run(TrainOptions(**{**options.__dict__, "embedding_std": wanted}), tmp_path / "run").model
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(found, rel=0.05)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.006 * (7168 / 24) ** 0.5, rel=0.05)
+    assert model.mtp_layers[0].embed_tokens.weight is model.model.embed_tokens.weight
+
+
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(options, tmp_path):
     train(options, tmp_path / "whole", progress=False)
     run = start_run(options, tmp_path / "broken")
