@@ -1,4 +1,7 @@
-"""Draft of ablations.py."""
+"""The recipe with one part changed, three seeds each, and the speed of its step.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import json
 import time
@@ -21,7 +24,7 @@ from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import TrainOptions
 from dsv3_mini.train import Run, make_optimizer, start_run, train_step
 
-# What does each part contribute?
+# Which part of the recipe earns its place?
 
 
 def measure(run: Run, n_gaps: int = 80) -> dict[str, float]:
@@ -70,25 +73,25 @@ def mtp_runs(seeds: int = 3) -> Iterator[dict]:
         yield recipe_run("without", seed, model={"num_nextn_predict_layers": 0})
 
 
-def dense_runs(seeds: int = 3) -> Iterator[dict]:
-    """The mixture of experts against dense models with its activated, and with its total, number of parameters."""
-    base = ModelConfig.preset("nano")
-    width = {
-        "activated": (base.num_experts_per_tok + base.n_shared_experts) * base.moe_intermediate_size,
-        "total": (base.n_routed_experts + base.n_shared_experts) * base.moe_intermediate_size,
-    }
-    for seed in range(seeds):
-        yield recipe_run("experts", seed, model={"num_nextn_predict_layers": 0})
-        for name, size in width.items():
-            dense = {"first_k_dense_replace": base.num_hidden_layers, "intermediate_size": size}
-            yield recipe_run(f"dense, equal {name}", seed, model={"num_nextn_predict_layers": 0, **dense})
-
-
 def fim_runs(seeds: int = 3) -> Iterator[dict]:
     """Fill-in-the-middle at the report's rate, at five times that, and never."""
     for seed in range(seeds):
         for rate in (0.0, 0.1, 0.5):
             yield recipe_run(f"{rate:g}", seed, fim_rate=rate)
+
+
+def dense_runs(seeds: int = 3) -> Iterator[dict]:
+    """The mixture of experts against dense models with its activated, and with its total, number of parameters."""
+    base = ModelConfig.preset("nano")
+    experts = (base.n_routed_experts + base.n_shared_experts) * base.moe_intermediate_size
+    stored = base.n_moe_layers * experts + base.first_k_dense_replace * base.intermediate_size
+    chosen = (base.num_experts_per_tok + base.n_shared_experts) * base.moe_intermediate_size
+    width = {"activated": chosen, "total": stored // base.num_hidden_layers}
+    for seed in range(seeds):
+        yield recipe_run("experts", seed, model={"num_nextn_predict_layers": 0})
+        for name, size in width.items():
+            dense = {"first_k_dense_replace": base.num_hidden_layers, "intermediate_size": size}
+            yield recipe_run(f"dense, equal {name}", seed, model={"num_nextn_predict_layers": 0, **dense})
 
 
 def gate_runs(seeds: int = 3) -> Iterator[dict]:
@@ -103,24 +106,6 @@ def speed_of_bias_runs(seeds: int = 3) -> Iterator[dict]:
     for seed in range(seeds):
         for gamma in (0.001, 0.01, 0.1):
             yield recipe_run(f"{gamma:g}", seed, gamma=gamma)
-
-
-def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
-    """The committed model beside simpler things, on the files of its text that it has not read."""
-    described = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-    options = TrainOptions(**described["options"])
-    data = prepare(options, load_tokenizer(folder))
-    if data.corpus.sha256 != described["corpus"]["sha256"]:
-        raise ValueError(
-            f"{options.data} is not the text that {folder} was trained on: its validation files may differ"
-        )
-    started = time.perf_counter()
-    results = evaluate(DeepSeekV3.from_pretrained(folder, dtype=torch.float32), data)
-    seconds = round(time.perf_counter() - started, 1)
-    yield {"variant": "mini", "seed": options.seed, "seconds": seconds, "run": described, "results": results}
-
-
-# How fast is a step?
 
 
 def our_step(model: DeepSeekV3, windows: torch.Tensor, dtype: torch.dtype):
@@ -189,3 +174,18 @@ def training_speed_runs() -> Iterator[dict]:
             speed = {name: round(value, 3) for name, value in training_speed(preset, dtype).items()}
             seconds = round(time.perf_counter() - started, 1)
             yield {"variant": f"{preset} {dtype}", "seed": 0, "seconds": seconds, **speed}
+
+
+def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
+    """The committed model beside simpler things, on the files of its text that it has not read."""
+    described = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    options = TrainOptions(**described["options"])
+    data = prepare(options, load_tokenizer(folder))
+    if data.corpus.sha256 != described["corpus"]["sha256"]:
+        raise ValueError(
+            f"{options.data} is not the text that {folder} was trained on: its validation files may differ"
+        )
+    started = time.perf_counter()
+    results = evaluate(DeepSeekV3.from_pretrained(folder, dtype=torch.float32), data)
+    seconds = round(time.perf_counter() - started, 1)
+    yield {"variant": "mini", "seed": options.seed, "seconds": seconds, "run": described, "results": results}

@@ -1,4 +1,7 @@
-"""Draft of dataset.py."""
+"""What a run reads: sources of text by name, pieces to fill in, windows in a repeatable order.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,7 @@
-"""Draft of evaluate.py."""
+"""How good a trained model is, beside counts, compressors, a parser and the text itself.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import ast
 import gzip
@@ -71,19 +74,6 @@ class NGrams:
         return p[:, 1:].log()
 
 
-def first_choices(ngrams: NGrams, windows: Tensor) -> Tensor:
-    """The token that most often followed the longest known context, for tokens 1 .. T: (n, T + 1) -> (n, T)."""
-    best = torch.zeros_like(windows)
-    for n, (grams, counts, contexts, _, _) in enumerate(ngrams.tables, start=1):
-        order = counts.argsort(stable=True)
-        favourite = torch.zeros_like(contexts)
-        favourite[torch.searchsorted(contexts, grams[order] // ngrams.vocab_size)] = grams[order] % ngrams.vocab_size
-        asked = ngrams.number(windows, n) // ngrams.vocab_size
-        place = torch.searchsorted(contexts, asked).clamp(max=len(contexts) - 1)
-        best[:, n - 1 :] = torch.where(contexts[place] == asked, favourite[place], best[:, n - 1 :])
-    return best[:, 1:]
-
-
 def look_up(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
     """The value of each wanted key among sorted `keys`, 0 for a key that is not there."""
     place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
@@ -99,7 +89,17 @@ def compressed_bits_per_byte(texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-# Does it write Python?
+def first_choices(ngrams: NGrams, windows: Tensor) -> Tensor:
+    """The token that most often followed the longest known context, for tokens 1 .. T: (n, T + 1) -> (n, T)."""
+    best = torch.zeros_like(windows)
+    for n, (grams, counts, contexts, _, _) in enumerate(ngrams.tables, start=1):
+        order = counts.argsort(stable=True)
+        favourite = torch.zeros_like(contexts)
+        favourite[torch.searchsorted(contexts, grams[order] // ngrams.vocab_size)] = grams[order] % ngrams.vocab_size
+        asked = ngrams.number(windows, n) // ngrams.vocab_size
+        place = torch.searchsorted(contexts, asked).clamp(max=len(contexts) - 1)
+        best[:, n - 1 :] = torch.where(contexts[place] == asked, favourite[place], best[:, n - 1 :])
+    return best[:, 1:]
 
 
 def function_heads(texts: Sequence[str], count: int) -> list[str]:
@@ -158,18 +158,15 @@ def ngram_writer(ngrams: NGrams, tokenizer: Tokenizer, new_tokens: int = 80):
     return write
 
 
-# Does it fill gaps?
-
-
 def gaps(tokenizer: Tokenizer, texts: Sequence[str], count: int, context: int, seed: int = 0) -> list[tuple]:
-    """(prefix, middle, suffix) token ids: a hole of one to four tokens in `context` tokens of a text, one a text."""
+    """(prefix, middle, suffix) token ids: holes of 1 to 4 tokens in `context` tokens of text, the texts in turn."""
     generator, found = torch.Generator().manual_seed(seed), []
-    for ids in token_ids(tokenizer, texts):
-        if len(ids) > 2 * context and len(found) < count:
-            start, at, width = torch.rand(3, generator=generator).tolist()
-            start, at, width = int(start * (len(ids) - context)), int(at * (context - 4)), 1 + int(width * 4)
-            part = ids[start : start + context]
-            found.append((part[:at], part[at : at + width], part[at + width :]))
+    long_enough = [ids for ids in token_ids(tokenizer, texts) if len(ids) > 2 * context]
+    for ids in (long_enough * count)[:count]:
+        start, at, width = torch.rand(3, generator=generator).tolist()
+        start, at, width = int(start * (len(ids) - context)), int(at * (context - 4)), 1 + int(width * 4)
+        part = ids[start : start + context]
+        found.append((part[:at], part[at : at + width], part[at + width :]))
     return found
 
 
@@ -184,9 +181,6 @@ def infill_exact_match(model: DeepSeekV3, found: Sequence[tuple], see_suffix: bo
         new = generate(model, torch.tensor([asked]), len(middle) + see_suffix).tokens[0].tolist()
         hits += new == [*middle, EOS] if see_suffix else new == middle
     return hits / len(found)
-
-
-# How does a finished model compare?
 
 
 def evaluate(model: DeepSeekV3, data: Dataset, max_windows: int = 256, n_heads: int = 50, n_gaps: int = 100) -> dict:

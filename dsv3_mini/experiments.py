@@ -1,4 +1,7 @@
-"""Draft."""
+"""Logged comparisons by name: python -m dsv3_mini experiment NAME.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import os
 import platform
@@ -36,6 +39,8 @@ from dsv3_mini.data import (
 )
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import moe_feed_forward, record_routing
+
+# Which part of the recipe earns its place?
 
 
 def summary(variant: str, seed: int, model: nn.Module, losses: list[float], started: float) -> dict:

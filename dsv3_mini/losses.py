@@ -1,4 +1,7 @@
-"""Draft of losses.py."""
+"""The parts of the training loss, without ever storing the logits of a whole batch.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import torch
 from torch import Tensor, nn

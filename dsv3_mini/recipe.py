@@ -1,4 +1,7 @@
-"""Draft of recipe.py."""
+"""The report's schedules as functions of the share of tokens spent, and the options that repeat a run.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -68,17 +71,17 @@ class TrainOptions:
         return config
 
 
-def scaled_init(hidden_size: int) -> float:
-    """The report's 0.006 at width 7168, grown so that a matrix does to a vector's length what it does there."""
-    return round(0.006 * math.sqrt(7168 / hidden_size), 4)
-
-
 def check_same_options(options: TrainOptions, stored: TrainOptions) -> None:
     """A resumed run keeps its own options; ValueError names those that differ."""
     names = [f.name for f in fields(options) if getattr(options, f.name) != getattr(stored, f.name)]
     if names:
         wanted = ", ".join(f"{name}={getattr(stored, name)!r}" for name in names)
         raise ValueError(f"the run was started with {wanted}; a resumed run keeps its own options")
+
+
+def scaled_init(hidden_size: int) -> float:
+    """The report's 0.006 at width 7168, grown so that a matrix does to a vector's length what it does there."""
+    return round(0.006 * math.sqrt(7168 / hidden_size), 4)
 
 
 # How fast, and when slower?

@@ -1,4 +1,7 @@
-"""Draft of recompute.py."""
+"""Activations that are computed again instead of kept: norms and MLA's up-projections.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import weakref
 from collections.abc import Callable, Iterator

@@ -1,4 +1,7 @@
-"""Draft of resume.py."""
+"""Files that are whole or absent, and everything in them that the next step needs.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Draft of train.py."""
+"""A training run by the report's recipe: schedules, data, losses, checkpoints, and what a crash may not change.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import json
 import os
@@ -118,8 +121,7 @@ def total_loss(run: Run, windows: Tensor, settings: Settings) -> tuple[Tensor, d
 def train_step(run: Run) -> dict[str, float]:
     """One update of the weights, their average and, from the same batch's load, the routing biases; gives a log line.
 
-    Raises FloatingPointError when loss or gradient stop being finite; weights and biases are then those of the step
-    before.
+    FloatingPointError when loss or gradient stop being finite; weights and biases are then those of the step before.
     """
     options, settings, started = run.options, settings_at(run.step, run.options), time.perf_counter()
     first = sequences_before(run.step, options.steps, options.batch_size)
@@ -159,7 +161,7 @@ def validate(run: Run) -> dict[str, float]:
     return {"valid_loss": round(loss, 5), **per_byte}
 
 
-# How does it go on after a crash?
+# What must survive a crash?
 
 
 def save_run(run: Run) -> None:
@@ -265,8 +267,7 @@ def train(
 ) -> DeepSeekV3:
     """Train, or continue, a model in folder `out`; it ends with the published layout and tokenizer.json in it.
 
-    Raises ValueError if `out` already holds a run and `resume` is not asked for, or if the resumed run was started
-    with other options than those given; FileNotFoundError if there is nothing to resume.
+    ValueError if `out` holds a run that is not to be resumed, or was started with other options than those given.
     """
     if not resume and (Path(out) / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run: pass --resume to continue it, or name another folder")

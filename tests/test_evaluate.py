@@ -99,6 +99,7 @@ def test_validity_needs_a_body_and_a_parse_and_runs_nothing(tmp_path):
     marker = tmp_path / "ran"
     assert is_python(f"def f():\n    open({str(marker)!r}, 'w')\n") and not marker.exists()
     assert not is_python("def f():\n    return (\n") and not is_python("def f():\n") and not is_python("def f():\n\0\n")
+    assert not is_python("def f(): pass\n")
     heads = function_heads(["import os\n\ndef f(x):\n    pass\n", "x = 1\n", "def g():\n  1\n"], 5)
     assert heads == ["def f(x):\n", "def g():\n"]
     assert valid_share(lambda head: "    return 1\n    x" if "f" in head[4:6] else "    )\n\n", heads) == 0.5
@@ -106,9 +107,9 @@ def test_validity_needs_a_body_and_a_parse_and_runs_nothing(tmp_path):
 
 def test_gaps_put_together_are_the_text():
     tokenizer, texts = train_tokenizer(["abc " * 50], 261), [f"{i} " * 60 for i in range(5)]
-    found = gaps(tokenizer, texts, 4, 20)
-    assert len(found) == 4 and all(1 <= len(middle) <= 4 for _, middle, _ in found)
-    for text, (prefix, middle, suffix) in zip(texts, found, strict=False):
+    found = gaps(tokenizer, ["too short", *texts], 7, 20)
+    assert len(found) == 7 and all(1 <= len(middle) <= 4 for _, middle, _ in found)
+    for text, (prefix, middle, suffix) in zip(texts + texts, found, strict=False):
         assert len(prefix + middle + suffix) == 20 and tokenizer.decode(prefix + middle + suffix) in text
 
 

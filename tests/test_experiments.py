@@ -56,7 +56,6 @@ def test_a_run_is_measured_on_text_it_has_not_read(tmp_path):
     assert run["seed"] == 3 and run["options"]["fim_rate"] == 0.5 and run["n_activated"] < run["n_parameters"]
     assert 0 <= run["infill"] <= 1 and 0 <= run["accuracy"] < 1 and 1 < run["valid_bits_per_byte"] < 8
     assert run["tokens"] == sequences_before(3, 3, 5) * 32
-    assert ablations.recipe_run("x", 3, **small)["valid_loss"] == run["valid_loss"]
 
 
 def test_dense_models_match_the_mixture_they_are_compared_with(monkeypatch):
@@ -65,7 +64,7 @@ def test_dense_models_match_the_mixture_they_are_compared_with(monkeypatch):
     mixture = counts["experts"]
     gates = sum(mixture.by_component["gates"])  # the only part that a dense model lacks
     assert abs(counts["dense, equal activated"].total - mixture.activated) <= gates
-    assert abs(counts["dense, equal total"].total - mixture.total) <= gates + 3 * 128 * 768
+    assert abs(counts["dense, equal total"].total - mixture.total) <= gates
 
 
 @pytest.mark.parametrize("name", ["mtp_runs", "fim_runs", "gate_runs", "dense_runs", "speed_of_bias_runs"])

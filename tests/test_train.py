@@ -24,7 +24,7 @@ from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.mtp import mtp_losses
 from dsv3_mini.recipe import TrainOptions, learning_rate_factor, sequences_before, settings_at, warmup_steps
 from dsv3_mini.recompute import activation_bytes, recompute_activations
-from dsv3_mini.resume import Snapshot
+from dsv3_mini.resume import Snapshot, write_whole
 from dsv3_mini.train import load_run, make_optimizer, save_run, start_run, train, train_step
 
 TINY = dict(
@@ -108,7 +108,7 @@ def test_stream_is_a_function_of_seed_and_position():
     whole = stream.take(0, 21)[:, 0]
     assert torch.equal(torch.cat([other.take(n, 3) for n in (0, 3, 6, 9, 12, 15, 18)])[:, 0], whole)
     assert all(sorted(whole[i : i + 7].tolist()) == list(range(7)) for i in (0, 7, 14))
-    assert not torch.equal(Stream(windows, 4).take(0, 7)[:, 0], whole[:7])
+    assert not torch.equal(Stream(windows, 4).take(0, 7)[:, 0], whole[:7]) and not torch.equal(whole[7:14], whole[:7])
 
 
 def test_arranged_pieces_hold_every_token_once():
@@ -125,6 +125,16 @@ def test_sources_are_named_not_pathed(text):
     assert corpus.name == "safetensors+text" and not set(corpus.train) & set(corpus.valid)
     with pytest.raises(FileNotFoundError, match="no_such_package"):
         read_sources("no_such_package")
+
+
+def test_what_one_source_trains_on_no_other_validates(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            (tmp_path / name / f"{name}{i}.txt").write_text(f"text {i}")
+    alone, both = [read_sources(str(tmp_path / name)) for name in "ab"], read_sources(f"{tmp_path}/a,{tmp_path}/b")
+    assert set(alone[0].train) & set(alone[1].valid)
+    assert not set(both.train) & set(both.valid) and len(both.train) == len(set(both.train))
 
 
 # losses
@@ -158,7 +168,10 @@ def test_training_losses_are_those_of_the_chapters(depths):
 def test_bfloat16_products_keep_float32_weights_and_gradients(options):
     model, windows = tiny_model(), torch.randint(5, 300, (4, 14))
     exact, _ = training_losses(model, windows)
+    products = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, y: products.append(y.dtype))
     losses, _ = training_losses(model, windows, dtype=torch.bfloat16)
+    assert products == [torch.bfloat16]
     (losses["loss"] + losses["mtp"] + losses["balance"]).backward()
     assert losses["loss"].dtype == torch.float32 and losses["loss"] != exact["loss"]
     torch.testing.assert_close(losses["loss"], exact["loss"], rtol=0.01, atol=0)
@@ -314,6 +327,17 @@ def test_full_disk_is_named_and_the_old_checkpoint_survives(options, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Snapshot.load(run.out).step == 0 and os.listdir(run.out) == ["resume.safetensors"]
+
+
+def test_half_a_write_leaves_the_old_file(tmp_path):
+    def write(path):
+        path.write_text("ne")
+        raise OSError("no space left on device")
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match="file could not be written .no space left.*; the one before it is untouched"):
+        write_whole(tmp_path / "file", write)
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("size", [0, 7, 1000, -1])
