@@ -36,27 +36,47 @@ def cost(options: argparse.Namespace) -> None:
 
 def add_train(commands) -> None:
     parser = commands.add_parser("train", help="train a model on real text, on this machine")
-    parser.add_argument("--preset", default="nano", help="nano or mini")
-    parser.add_argument("--data", help="a folder of text; the default is the standard library")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/nano", help="folder of the log, the checkpoints and the model")
-    parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own options")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the final weights")
     parser.set_defaults(run=train)
+    options = parser.add_argument_group("what a resumed run keeps")
+    for name, kind, text in (
+        ("preset", str, "nano or mini (nano)"),
+        ("data", str, "comma-separated: stdlib, installed packages by name, folders of text (stdlib)"),
+        ("max-bytes", int, "read at most so much of each"),
+        ("steps", int, "updates of the weights (800)"),
+        ("batch-size", int, "sequences a step, after the ramp (8)"),
+        ("seq-len", int, "tokens a sequence (128)"),
+        ("learning-rate", float, "at its peak (0.002)"),
+        ("gamma", float, "speed of the routing biases (0.01)"),
+        ("dtype", str, "of matrix products: float32 or bfloat16 (float32)"),
+        ("device", str, "cpu or cuda (cpu)"),
+        ("seed", int, "of weights and data order (0)"),
+        ("checkpoint-every", int, "steps (100)"),
+        ("validate-every", int, "steps (100)"),
+    ):
+        options.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+    options.add_argument("--recompute", action="store_true", default=argparse.SUPPRESS, help="norms, up-projections")
 
 
 def train(options: argparse.Namespace) -> None:
     """Train or resume; the folder then opens with `generate` and with transformers."""
-    from dsv3_mini.train import TrainOptions
+    from dataclasses import fields, replace
+
+    import torch
+
+    from dsv3_mini.recipe import TrainOptions
+    from dsv3_mini.resume import Snapshot
+    from dsv3_mini.train import show_result
     from dsv3_mini.train import train as run_training
 
-    names = ("preset", "data", "steps", "seed", "checkpoint_every", "batch_size", "seq_len", "learning_rate")
-    run_training(TrainOptions(**{name: getattr(options, name) for name in names}), options.out, options.resume)
-    print(f"wrote {options.out}: config.json, model.safetensors, tokenizer.json, log.jsonl")
+    given = {f.name: getattr(options, f.name) for f in fields(TrainOptions) if hasattr(options, f.name)}
+    stored = Snapshot.load(Path(options.out)).options if options.resume else TrainOptions()
+    model = run_training(
+        replace(stored, **given), options.out, options.resume, save_dtype=getattr(torch, options.save_dtype)
+    )
+    print(show_result(model, options.out))
 
 
 def add_generate(commands) -> None:
@@ -124,7 +144,9 @@ def bench(options: argparse.Namespace) -> None:
 
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
-    parser.add_argument("name", help="attention, balance or gamma")
+    parser.add_argument(
+        "name", help="attention, balance, gamma, mtp, dense, fim, gate, bias_speed, mini or training_speed"
+    )
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 
@@ -134,9 +156,8 @@ def experiment(options: argparse.Namespace) -> None:
     from dsv3_mini.experiments import run_experiment
 
     def show(run: dict) -> None:
-        print(
-            f"{run['variant']:10} seed {run['seed']}: validation loss {run['valid_loss']:.4f}, {run['seconds']:.0f} s"
-        )
+        result = {name: run[name] for name in ("valid_loss", "ratio", "results") if name in run}
+        print(f"{run['variant']:24} seed {run['seed']}: {result}, {run['seconds']:.0f} s", flush=True)
 
     print("wrote", run_experiment(options.name, options.out, show))
 

@@ -1,4 +1,7 @@
-"""Draft."""
+"""Logged comparisons by name: python -m dsv3_mini experiment NAME.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import os
 import platform
@@ -11,6 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_mini.ablations import (
+    dense_runs,
+    fim_runs,
+    gate_runs,
+    mini_runs,
+    mtp_runs,
+    speed_of_bias_runs,
+    training_speed_runs,
+)
 from dsv3_mini.balance import (
     BiasBalancer,
     auxiliary_loss,
@@ -35,6 +47,8 @@ from dsv3_mini.data import (
 )
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import Routing, moe_feed_forward, record_routing
+
+# Which part of the recipe earns its place?
 
 
 def summary(variant: str, seed: int, model: nn.Module, losses: list[float], started: float) -> dict:
@@ -105,6 +119,7 @@ BALANCE_MODEL = dict(
     topk_group=1,
     initializer_range=0.02,
 )
+
 
 BALANCING: dict[str, dict] = {
     "none": {},
@@ -210,7 +225,18 @@ def gamma_runs(seeds: int = 3, steps: int = 500) -> Iterator[dict]:
             yield balance_run(f"{gamma:g}", seed, gamma=gamma, steps=steps)
 
 
-EXPERIMENTS: dict[str, Callable] = {"attention": attention_runs, "balance": balance_runs, "gamma": gamma_runs}
+EXPERIMENTS: dict[str, Callable] = {
+    "attention": attention_runs,
+    "balance": balance_runs,
+    "gamma": gamma_runs,
+    "mtp": mtp_runs,
+    "dense": dense_runs,
+    "fim": fim_runs,
+    "gate": gate_runs,
+    "bias_speed": speed_of_bias_runs,
+    "mini": mini_runs,
+    "training_speed": training_speed_runs,
+}
 
 
 def run_experiment(name: str, folder: str | os.PathLike, on_run: Callable[[dict], None] = lambda run: None) -> Path:

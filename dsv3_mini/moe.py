@@ -100,7 +100,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if x.dtype == torch.float64:  # torch's grouped_mm has no float64; gradient checks need it
         starts = [0, *ends[:-1].tolist()]
         return torch.cat([x[a:b] @ w.T for a, b, w in zip(starts, ends.tolist(), weight, strict=True)])
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return F.grouped_mm(x, weight.transpose(1, 2).to(x.dtype), offs=ends)
 
 
 class Experts(nn.Module):

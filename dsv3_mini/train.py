@@ -1,128 +1,68 @@
-"""Draft."""
+"""A training run by the report's recipe: schedules, data, losses, checkpoints, and what a crash may not change.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
 
 import json
-import math
 import os
+import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dsv3_mini.balance import BiasBalancer, sequence_balance_loss
-from dsv3_mini.checkpoint import make_folder
-from dsv3_mini.config import ModelConfig
-from dsv3_mini.data import Batches, bits_per_byte, encode, folder_corpus, pack, python_corpus, train_tokenizer
+from dsv3_mini.balance import BiasBalancer
+from dsv3_mini.checkpoint import write_json
+from dsv3_mini.data import bits_per_byte
+from dsv3_mini.dataset import Dataset, Stream, prepare
+from dsv3_mini.evaluate import continue_ids, validation_loss
+from dsv3_mini.losses import training_losses
 from dsv3_mini.model import DeepSeekV3
-from dsv3_mini.moe import record_routing
-from dsv3_mini.mtp import mtp_losses
+from dsv3_mini.recipe import Settings, TrainOptions, check_same_options, sequences_before, settings_at
+from dsv3_mini.recompute import recompute_activations
+from dsv3_mini.resume import Snapshot, cut_log, read_log, stop_requests, unique_tensors, write_whole
+
+# What does a run consist of?
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What a run needs to be repeated: model, data, recipe, seed."""
+class WeightAverage:
+    """Exponential moving average of the parameters, kept beside them: v = v + (p - v) / min(step, horizon)."""
 
-    preset: str = "nano"
-    data: str | None = None  # a folder of text; None is the standard library
-    steps: int = 600
-    batch_size: int = 16
-    seq_len: int = 128
-    learning_rate: float = 3e-3
-    warmup: int = 30
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    mtp_weight: float = 0.3  # lambda
-    gamma: float = 0.001  # bias update speed
-    alpha: float = 1e-4  # sequence-wise balance loss factor
-    fim_rate: float = 0.1
-    max_bytes: int | None = None
-    seed: int = 0
-    checkpoint_every: int = 200
-    validate_every: int = 100
+    def __init__(self, model: nn.Module, horizon: float):
+        self.parameters, self.horizon = dict(model.named_parameters()), max(1.0, horizon)
+        self.values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
-    def __post_init__(self):
-        for name in ("batch_size", "seq_len", "checkpoint_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        for name in ("steps", "warmup", "learning_rate", "mtp_weight", "gamma", "alpha", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if not 0 <= self.fim_rate <= 1:
-            raise ValueError(f"fim_rate={self.fim_rate} must lie between 0 and 1")
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step number `step`, counted from 1: the plain mean at first, then the moving one."""
+        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 / min(step, self.horizon))
 
-
-@dataclass(frozen=True)
-class Dataset:
-    """A tokenizer and the windows (n, seq_len + 1) that it cut from a corpus."""
-
-    tokenizer: Tokenizer
-    train: Tensor
-    valid: Tensor
-    bytes_per_token: float
-    sha256: str
-
-
-def prepare(options: TrainOptions, vocab_size: int) -> Dataset:
-    """Read the corpus, train its tokenizer, cut both splits into windows; fill-in-the-middle in training only."""
-    read = partial(folder_corpus, options.data) if options.data else python_corpus
-    corpus = read(max_bytes=options.max_bytes)
-    tokenizer = train_tokenizer(corpus.train, vocab_size)
-    train = pack(encode(tokenizer, corpus.train, fim_rate=options.fim_rate, seed=options.seed), options.seq_len)
-    valid_documents = encode(tokenizer, corpus.valid)
-    n_bytes = sum(len(text.encode()) for text in corpus.valid)
-    bytes_per_token = n_bytes / max(1, sum(len(document) for document in valid_documents))
-    valid = pack(valid_documents, options.seq_len)
-    return Dataset(tokenizer, train, valid, bytes_per_token, corpus.sha256)
-
-
-def learning_rate_at(step: int, options: TrainOptions) -> float:
-    """Linear warm-up, constant, then a cosine over the last third down to a tenth."""
-    warm = min(1.0, (step + 1) / max(1, options.warmup))
-    start = options.steps * 2 / 3
-    decay = min(1.0, max(0.0, (step - start) / max(1.0, options.steps - start)))
-    return options.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * decay))
-
-
-def training_losses(model: DeepSeekV3, windows: Tensor, options: TrainOptions) -> tuple[dict[str, Tensor], list]:
-    """Every part of the loss for windows (B, T + 1), and the routings of the main layers and MTP layers."""
-    with record_routing(model) as routings:
-        h = model.model(windows[:, :-1])  # (B, T, D)
-        logits = model.lm_head(h)
-        main = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        mtp = mtp_losses(model.mtp_layers, h, windows, model.model.rope) if options.mtp_weight else []
-    top_k, batch = model.config.num_experts_per_tok, len(windows)
-    losses = {"loss": main}
-    if mtp:
-        losses["mtp"] = torch.stack(mtp).mean()
-    if routings and options.alpha:
-        losses["balance"] = torch.stack([sequence_balance_loss(r.scores, top_k, batch) for r in routings]).mean()
-    return losses, routings
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside the `with`, the model's parameters hold the average."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.values[name]
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95); matrices decay, gains of norms do not."""
+    """AdamW (0.9, 0.95) in one fused kernel. Matrices decay, the embedding, head and gates among them; norms do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     gains = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
-
-
-@torch.no_grad()
-def validation_loss(model: DeepSeekV3, windows: Tensor, batch_size: int, max_windows: int = 128) -> float:
-    """Mean nats a token of the main head over about `max_windows` windows, evenly spaced."""
-    total, count = 0.0, 0
-    for batch in windows[:: max(1, len(windows) // max_windows)].split(batch_size):
-        logits = model(batch[:, :-1])
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-        count += batch[:, 1:].numel()
-    return total / count
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 @dataclass
@@ -132,166 +72,228 @@ class Run:
     options: TrainOptions
     out: Path
     data: Dataset
-    batches: Batches
+    stream: Stream
     model: DeepSeekV3
     optimizer: torch.optim.AdamW
     balancer: BiasBalancer
+    average: WeightAverage
     step: int = 0
 
 
-def start_run(options: TrainOptions, out: str | os.PathLike) -> Run:
-    """Make the folder, read the text, build the model from the seed. Nothing is written yet."""
-    folder, config = make_folder(out), ModelConfig.preset(options.preset)
-    data = prepare(options, config.vocab_size)
+def start_run(options: TrainOptions, out: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Run:
+    """Check the request, read the text, build the model from the seed. Nothing is written yet."""
+    config, folder = options.config(), Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; a folder is needed for the run")
+    data = prepare(options, tokenizer)
+    if options.batch_size > len(data.train):
+        raise ValueError(f"batch_size={options.batch_size} exceeds the {len(data.train)} windows that the text gives")
     torch.manual_seed(options.seed)
     model = DeepSeekV3(config)
-    batches = Batches(data.train, options.batch_size, options.seed)
-    optimizer, balancer = make_optimizer(model, options), BiasBalancer(model, options.gamma)
-    return Run(options, folder, data, batches, model, optimizer, balancer)
+    if options.embedding_std:
+        nn.init.normal_(model.model.embed_tokens.weight, std=options.embedding_std)
+    model.to(options.device)
+    return Run(
+        options=options,
+        out=folder,
+        data=data,
+        stream=Stream(data.train, options.seed),
+        model=model,
+        optimizer=make_optimizer(model, options),
+        balancer=BiasBalancer(model, options.gamma),
+        average=WeightAverage(model, options.ema_horizon * options.steps),
+    )
+
+
+def total_loss(run: Run, windows: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted loss of a batch, and its parts; the routing of the batch goes to the balancer, once."""
+    options = run.options
+    with recompute_activations(run.model) if options.recompute else nullcontext():
+        losses, routings = training_losses(
+            run.model, windows, settings.mtp_weight > 0, options.alpha > 0, getattr(torch, options.dtype)
+        )
+    run.balancer.observe(routings)
+    factors = {"loss": 1.0, "mtp": settings.mtp_weight, "balance": options.alpha}
+    return sum(factors[name] * loss for name, loss in losses.items()), losses
 
 
 def train_step(run: Run) -> dict[str, float]:
-    """One update of the weights and, from the same batch's load, of the routing biases; returns a log line.
+    """One update of the weights, their average and, from the same batch's load, the routing biases; gives a log line.
 
-    Raises FloatingPointError when loss or gradient stop being finite; the weights are then those of the step before.
+    FloatingPointError when loss or gradient stop being finite; weights and biases are then those of the step before.
     """
-    options, started = run.options, time.perf_counter()
-    windows = run.batches.batch(run.step)
-    losses, routings = training_losses(run.model, windows, options)
-    factors = {"loss": 1.0, "mtp": options.mtp_weight, "balance": options.alpha}
+    options, settings, started = run.options, settings_at(run.step, run.options), time.perf_counter()
+    first = sequences_before(run.step, options.steps, options.batch_size)
+    windows = run.stream.take(first, settings.batch_size).to(options.device)
+    total, losses = total_loss(run, windows, settings)
     run.optimizer.zero_grad()
-    sum(factors[name] * loss for name, loss in losses.items()).backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), options.clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {run.step}: loss {losses['loss'].item()}, gradient norm {norm.item()}")
+    total.backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), options.clip or float("inf"), foreach=True)
+    if not torch.isfinite(total + norm):
+        run.balancer.loads = None
+        raise FloatingPointError(
+            f"step {run.step + 1}: loss {losses['loss'].item()}, gradient norm {norm.item()}; the weights were left "
+            f"as they were. A lower learning rate than {options.learning_rate:g} may help"
+        )
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate_at(run.step, options)
+        group["lr"] = settings.learning_rate
     run.optimizer.step()
-    run.balancer.observe(routings)
+    run.balancer.gamma = settings.gamma
     violation = max(run.balancer.step(), default=0.0)
     run.step += 1
-    seconds, n_tokens = time.perf_counter() - started, windows[:, 1:].numel()
+    run.average.update(run.step)
+    seconds, n_sequences = time.perf_counter() - started, first + settings.batch_size
     entry = {"step": run.step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
-    entry |= {"max_violation": round(violation, 4), "gradient_norm": round(norm.item(), 4)}
-    return entry | {"tokens": run.step * n_tokens, "tokens_per_second": round(n_tokens / seconds, 1)}
+    entry |= {"learning_rate": float(f"{settings.learning_rate:.4g}"), "gradient_norm": round(norm.item(), 4)}
+    entry |= {"max_violation": round(violation, 4), "tokens": n_sequences * options.seq_len}
+    return entry | {"tokens_per_second": round(settings.batch_size * options.seq_len / seconds, 1)}
 
 
 def validate(run: Run) -> dict[str, float]:
-    """Validation loss in nats a token and in bits per byte, for the log."""
-    loss = validation_loss(run.model, run.data.valid, run.options.batch_size)
-    bits = bits_per_byte(loss, 1, run.data.bytes_per_token)
-    return {"valid_loss": round(loss, 5), "valid_bits_per_byte": round(bits, 5)}
+    """Validation loss in nats a token and in bits per byte, of the weights and of their average, for the log."""
+    windows, batch = run.data.valid.to(run.options.device), run.options.batch_size
+    loss = validation_loss(run.model, windows, batch)
+    with run.average.in_place():
+        averaged = validation_loss(run.model, windows, batch)
+    bits = {"valid_bits_per_byte": loss, "valid_ema_bits_per_byte": averaged}
+    per_byte = {name: round(bits_per_byte(value, 1, run.data.bytes_per_token), 5) for name, value in bits.items()}
+    return {"valid_loss": round(loss, 5), **per_byte}
 
 
-def save_resume(run: Run) -> None:
-    """Everything that the next step needs, in OUT/resume.safetensors, which appears whole or not at all."""
-    tensors = {f"model.{name}": tensor for name, tensor in unique_state(run.model).items()}
-    for index, state in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    meta = {"step": str(run.step), "options": json.dumps(asdict(run.options)), "corpus": run.data.sha256}
-    partial = run.out / "resume.safetensors.partial"
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=meta)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(run.out / "resume.safetensors")
+# What must survive a crash?
 
 
-def load_resume(run: Run) -> None:
-    """Continue from OUT/resume.safetensors; log lines written after it are cut off."""
-    tensors, meta = read_resume(run.out)
-    if meta["corpus"] != run.data.sha256:
-        raise ValueError(f"{run.out}: the text has changed since the checkpoint; resume needs the same files")
-    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+def save_run(run: Run) -> None:
+    """Weights, biases, moments, average, position and random state to OUT/resume.safetensors."""
+    tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(run.model).items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in run.average.values.items()}
+    for name, parameter in run.model.named_parameters():
+        tensors |= {f"{key}.{name}": torch.as_tensor(value) for key, value in run.optimizer.state[parameter].items()}
+    tensors["random_state"] = torch.get_rng_state()
+    tokenizer = run.data.tokenizer.to_str()
+    Snapshot(run.step, run.options, run.data.corpus.sha256, tokenizer, tensors).save(run.out)
+
+
+def load_run(out: str | os.PathLike, options: TrainOptions | None = None) -> Run:
+    """The run of a folder as its last checkpoint left it; log lines written after that are cut off.
+
+    options: what the caller believes that the run was started with; ValueError if it was not, or if the text changed.
+    """
+    folder = Path(out)
+    snapshot = Snapshot.load(folder)
+    check_same_options(options or snapshot.options, snapshot.options)
+    run = start_run(snapshot.options, folder, Tokenizer.from_str(snapshot.tokenizer))
+    if run.data.corpus.sha256 != snapshot.corpus:
+        raise ValueError(f"{folder}: the text of {run.options.data} has changed since the checkpoint; resume needs it")
+    targets = unique_tensors(run.model) | {f"average {k}": v for k, v in run.average.values.items()}
+    sources = snapshot.group("model.") | {f"average {k}": v for k, v in snapshot.group("average.").items()}
     with torch.no_grad():
-        for name, tensor in unique_state(run.model).items():
-            tensor.copy_(weights[name])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
-    run.step = int(meta["step"])
-    cut_log(run.out / "log.jsonl", run.step)
-
-
-def unique_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with shared tensors (embedding and head inside the MTP layers) named once."""
-    seen, state = set(), {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            state[name] = tensor
-    return state
-
-
-def read_resume(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of OUT/resume.safetensors; one clear error if it is missing or torn."""
-    file = out / "resume.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"nothing to resume: {file} does not exist")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata()
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole checkpoint: {error}") from error
-
-
-def cut_log(log: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after its last checkpoint."""
-    if log.exists():
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        partial = log.with_name(log.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(log)
-
-
-def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    partial = out / "tokenizer.json.partial"
-    tokenizer.save(str(partial))
-    partial.replace(out / "tokenizer.json")
+        for name, tensor in targets.items():
+            tensor.copy_(sources[name])
+    moments = {key: snapshot.group(f"{key}.") for key in ("step", "exp_avg", "exp_avg_sq")}
+    for name, parameter in run.model.named_parameters():
+        if name in moments["step"]:
+            run.optimizer.state[parameter] = {key: values[name].to(parameter.device) for key, values in moments.items()}
+    torch.set_rng_state(snapshot.tensors["random_state"])
+    run.step = snapshot.step
+    cut_log(folder / "log.jsonl", run.step)
+    return run
 
 
 def continue_run(run: Run, progress: bool = True) -> None:
-    """Train to the last step, logging each; keep a resumable checkpoint, also when the run is interrupted."""
-    options, bar = run.options, tqdm(total=run.options.steps, initial=run.step, disable=not progress, unit="step")
-    with bar, open(run.out / "log.jsonl", "a", encoding="utf-8") as log:
-        try:
-            while run.step < options.steps:
-                entry = train_step(run)
-                if run.step == options.steps or run.step % options.validate_every == 0:
-                    entry |= validate(run)
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                if run.step % options.checkpoint_every == 0:
-                    save_resume(run)
-                bar.update()
-                bits = f", valid {entry['valid_bits_per_byte']:.3f} bits/byte" if "valid_loss" in entry else ""
-                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:.0f} tokens/s{bits}")
-        except KeyboardInterrupt:
-            save_resume(run)
-            raise
-    save_resume(run)
+    """Train to the last step, logging each; checkpoint every so often and, between two steps, when asked to stop.
+
+    A SIGINT or SIGTERM becomes KeyboardInterrupt once the checkpoint is written.
+    """
+    options = run.options
+    run.out.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=options.steps, initial=run.step, disable=not progress, unit="step")
+    with bar, stop_requests() as requests, open(run.out / "log.jsonl", "a", encoding="utf-8") as log:
+        while run.step < options.steps:
+            entry = train_step(run)
+            if run.step == options.steps or run.step % options.validate_every == 0:
+                entry |= validate(run)
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            if requests or run.step == options.steps or run.step % options.checkpoint_every == 0:
+                save_run(run)
+            if requests:
+                raise KeyboardInterrupt
+            bar.update()
+            bits = f", valid {entry['valid_bits_per_byte']:.3f} bits/byte" if "valid_loss" in entry else ""
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:.0f} tokens/s{bits}")
 
 
-def train(options: TrainOptions, out: str | os.PathLike, resume: bool = False, progress: bool = True) -> DeepSeekV3:
+def publish(run: Run, dtype: torch.dtype | None = None) -> None:
+    """Write config, weights, tokenizer and what transformers' Auto classes ask for into the run's folder."""
+    config, tokenizer = run.model.config, run.data.tokenizer
+    begin, end = (tokenizer.id_to_token(i) for i in (config.bos_token_id, config.eos_token_id))
+    special = {"bos_token": begin, "eos_token": end, "pad_token": end, "clean_up_tokenization_spaces": False}
+    limit = {"model_max_length": config.max_position_embeddings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.eos_token_id,
+    }
+    run.model.save_pretrained(run.out, dtype)
+    write_whole(run.out / "tokenizer.json", lambda partial: tokenizer.save(str(partial)))
+    write_json(run.out / "tokenizer_config.json", special | limit)
+    write_json(run.out / "generation_config.json", {**ids, "pad_token_id": config.eos_token_id, "do_sample": False})
+    write_json(run.out / "run.json", describe(run))
+
+
+def describe(run: Run) -> dict:
+    """What repeats the run, and what it took: options, text, versions, machine, seconds of all its steps."""
+    entries = read_log(run.out)
+    new_tokens = [b - a for a, b in pairwise([0, *(entry["tokens"] for entry in entries)])]
+    size = {split: sum(len(text.encode()) for text in getattr(run.data.corpus, split)) for split in ("train", "valid")}
+    return {
+        "options": asdict(run.options),
+        "corpus": {"name": run.data.corpus.name, "sha256": run.data.corpus.sha256, "bytes": size},
+        "tokens": entries[-1]["tokens"] if entries else 0,
+        "seconds": round(sum(n / entry["tokens_per_second"] for n, entry in zip(new_tokens, entries, strict=True)), 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+    }
+
+
+def train(
+    options: TrainOptions | None,
+    out: str | os.PathLike,
+    resume: bool = False,
+    progress: bool = True,
+    save_dtype: torch.dtype | None = None,
+) -> DeepSeekV3:
     """Train, or continue, a model in folder `out`; it ends with the published layout and tokenizer.json in it.
 
-    A resumed run takes its checkpoint's own options. Raises ValueError if `out` already holds a run and `resume` is
-    not asked for, FileNotFoundError if there is nothing to resume.
+    ValueError if `out` holds a run that is not to be resumed, or was started with other options than those given.
     """
-    folder = make_folder(out)
-    if resume:
-        options = TrainOptions(**json.loads(read_resume(folder)[1]["options"]))
-    elif (folder / "log.jsonl").exists():
-        raise ValueError(f"{folder} already holds a run: pass --resume to continue it, or name another folder")
-    run = start_run(options, folder)
-    if resume:
-        load_resume(run)
+    if not resume and (Path(out) / "log.jsonl").exists():
+        raise ValueError(f"{out} already holds a run: pass --resume to continue it, or name another folder")
+    run = load_run(out, options) if resume else start_run(options or TrainOptions(), out)
     continue_run(run, progress)
-    run.model.save_pretrained(folder)
-    save_tokenizer(run.data.tokenizer, folder)
+    publish(run, save_dtype)
     return run.model
+
+
+def show_result(model: DeepSeekV3, out: str | os.PathLike, prompt: str = "def ", new_tokens: int = 60) -> str:
+    """For the terminal: the loss curve in one line, the score on fresh text, and how a prompt goes on."""
+    entries = read_log(out)
+    if not entries:
+        return f"wrote an untrained model to {out}"
+    losses = [entry["loss"] for entry in entries]
+    means = [
+        sum(part) / len(part)
+        for i in range(40)
+        if (part := losses[i * len(losses) // 40 : (i + 1) * len(losses) // 40])
+    ]
+    low, high = min(means), max(means)
+    curve = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (mean - low) / max(high - low, 1e-9))] for mean in means)
+    tokenizer = Tokenizer.from_file(str(Path(out) / "tokenizer.json"))
+    new = continue_ids(model, tokenizer.encode(prompt).ids, new_tokens, temperature=0.7)
+    bits = entries[-1]["valid_bits_per_byte"]
+    return (
+        f"loss {losses[0]:.2f} {curve} {means[-1]:.2f}, {bits:.3f} bits/byte on fresh text\n"
+        f"{prompt}{tokenizer.decode(new)}\n"
+        f"wrote {out}: config.json, model.safetensors, tokenizer.json, log.jsonl"
+    )
