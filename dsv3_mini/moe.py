@@ -25,21 +25,31 @@ class Routing(NamedTuple):
     scores: Tensor  # (N, E) affinities s_{i,t} before bias and choice
 
 
-def group_limited_topk(scores: Tensor, top_k: int, n_group: int, topk_group: int, top_two: bool = True) -> Tensor:
-    """The K best experts of the `topk_group` best groups: (N, E) -> (N, K).
+# Why may a token visit only four groups?
 
-    A group is worth the sum of its two best experts, or its best one (`top_two=False`, DeepSeek-V2).
+
+def group_limited_topk(scores: Tensor, top_k: int, n_group: int, topk_group: int, top_two: bool = True) -> Tensor:
+    """The K best experts of the `topk_group` best groups, best first: (N, E) -> (N, K).
+
+    A group is worth the sum of its two best experts, or its best one (`top_two=False`, DeepSeek-V2). Raises ValueError
+    where the groups are uneven or the kept ones hold fewer than K experts.
     """
     if n_group > 1:
+        group_size, rest = divmod(scores.shape[-1], n_group)
+        if rest or group_size < 1 + top_two or top_k > topk_group * group_size:
+            raise ValueError(f"{top_k=} of {scores.shape[-1]} experts does not fit {topk_group=} of {n_group=}")
         grouped = scores.unflatten(-1, (n_group, -1))  # (N, G, E/G)
         worth = grouped.topk(2, dim=-1).values.sum(-1) if top_two else grouped.amax(-1)  # (N, G)
-        kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, worth.topk(topk_group).indices, True)
-        scores = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
+        kept_mask = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, worth.topk(topk_group).indices, True)
+        scores = grouped.masked_fill(~kept_mask.unsqueeze(-1), float("-inf")).flatten(1)
     return scores.topk(top_k).indices
 
 
+# Who may change the choice, and who the weight?
+
+
 class Gate(nn.Module):
-    """Choose K experts a token by sigmoid affinity plus bias; weigh them by affinity alone (equations 13-16).
+    """Choose K experts a token by affinity plus bias; weigh them by affinity alone (equations 13-16).
 
     forward: (N, D) -> Routing. Runs in float32 whatever the model's dtype: near-ties must not flip.
     """
@@ -73,9 +83,10 @@ class Gate(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move with the model, but keep the bias in float32 as the checkpoint does: 0.001 steps vanish in bfloat16."""
+        exact = getattr(self, "e_score_correction_bias", None)
         super()._apply(fn, recurse)
-        if (bias := getattr(self, "e_score_correction_bias", None)) is not None and bias.dtype != torch.float32:
-            self.e_score_correction_bias = bias.float()
+        if exact is not None and self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
         return self
 
 
@@ -83,24 +94,41 @@ class Gate(nn.Module):
 
 
 def experts_reference(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """Sum of each token's chosen experts, one expert after the other.
+    """Sum of each token's chosen experts, one expert after the other (the sum of equation 12).
 
     x: (N, D); gate_up_proj: (E, 2F, D); down_proj: (E, D, F) -> (N, D).
     """
     out = torch.zeros_like(x)
-    for i in range(gate_up_proj.shape[0]):
+    for i, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):
         token, slot = (routing.indices == i).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up_proj[i]).chunk(2, dim=-1)
-        out = out.index_add(0, token, F.linear(F.silu(gate) * up, down_proj[i]) * routing.weights[token, slot, None])
+        gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down) * routing.weights[token, slot, None]
+        out.index_add_(0, token, y.type_as(out))
     return out
 
 
+def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """The order that brings each expert's rows together, and where its block ends: (N, K) -> (N*K,), (E,) int32.
+
+    Row r of the sorted rows is choice order[r] % K of token order[r] // K. An expert without tokens has an empty block.
+    """
+    expert, order = indices.flatten().sort(stable=True)
+    return order, torch.bincount(expert, minlength=n_experts).cumsum(0, dtype=torch.int32)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Row block i of x (it ends before ends[i]) times weight[i]^T: (M, in), (E, out, in), (E,) -> (M, out)."""
-    if x.dtype == torch.float64:  # torch's grouped_mm has no float64; gradient checks need it
+    """Row block i of x (it ends before ends[i]) times weight[i]^T: (M, in), (E, out, in), (E,) -> (M, out).
+
+    Obeys autocast as F.linear does. What torch's grouped_mm does not take, float64 or widths that are no multiple of
+    16 bytes, is multiplied block by block.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
+    if x.dtype == torch.float64 or any(width * x.element_size() % 16 for width in weight.shape[1:]):
         starts = [0, *ends[:-1].tolist()]
         return torch.cat([x[a:b] @ w.T for a, b, w in zip(starts, ends.tolist(), weight, strict=True)])
-    return F.grouped_mm(x, weight.transpose(1, 2).to(x.dtype), offs=ends)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
 class Experts(nn.Module):
@@ -118,21 +146,35 @@ class Experts(nn.Module):
             nn.init.normal_(weight, std=config.initializer_range)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        top_k = routing.indices.shape[1]
-        expert, order = routing.indices.flatten().sort(stable=True)  # (N*K,)
-        token = order // top_k
-        ends = torch.searchsorted(expert, torch.arange(len(self.down_proj), device=x.device), right=True).int()
-        gate, up = grouped_linear(x[token], self.gate_up_proj, ends).chunk(2, dim=-1)
-        y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (N*K, D)
-        y = y * routing.weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add(0, token, y.type_as(x))
+        indices, n_experts = routing.indices, len(self.down_proj)
+        if x.is_cpu and 4 * indices.numel() <= n_experts:
+            return visit_experts(x, routing, self.gate_up_proj, self.down_proj)
+        order, ends = sort_by_expert(indices, n_experts)
+        rows = x.index_select(0, order // indices.shape[1])  # (N*K, D)
+        gate, up = grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        h = F.silu(gate) * up * routing.weights.flatten()[order, None]  # (N*K, F)
+        y = grouped_linear(h, self.down_proj, ends)  # (N*K, D)
+        return F.embedding_bag(order.argsort().view_as(indices), y, mode="sum")
+
+
+def visit_experts(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """`experts_reference` token by token, reading the chosen experts only: for a handful of tokens on a CPU."""
+    out = []
+    for row, chosen, weights in zip(x, routing.indices.tolist(), routing.weights.unsqueeze(-1), strict=True):
+        gate, up = torch.stack([gate_up_proj[i] @ row for i in chosen]).chunk(2, dim=-1)  # (K, F) each
+        h = F.silu(gate) * up * weights
+        out.append(torch.stack([down_proj[i] @ h[k] for k, i in enumerate(chosen)]).sum(0))
+    return torch.stack(out)
 
 
 # How does it all come together?
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE (equation 12 without the residual): shared experts for all tokens, K routed ones for each."""
+    """DeepSeekMoE (equation 12 without the residual): shared experts for all tokens, K routed ones for each.
+
+    forward: (..., D) -> (..., D).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
