@@ -3,7 +3,7 @@
 Generated from chapters/04_expert_routing.ipynb; edit the chapter, not this file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -134,7 +134,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 class Experts(nn.Module):
     """E SwiGLU experts whose weights are stacked: gate_up_proj (E, 2F, D), down_proj (E, D, F).
 
-    forward: (N, D) and its Routing -> (N, D). Tokens are sorted by expert, so that each expert is one matrix product.
+    forward: (N, D) and its Routing -> (N, D). Tokens are sorted by expert, so that each expert is one matrix product,
+    by `product`, which takes the arguments of `grouped_linear`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -145,15 +146,15 @@ class Experts(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=config.initializer_range)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, product: Callable = grouped_linear) -> Tensor:
         indices, n_experts = routing.indices, len(self.down_proj)
         if x.is_cpu and 4 * indices.numel() <= n_experts:
             return visit_experts(x, routing, self.gate_up_proj, self.down_proj)
         order, ends = sort_by_expert(indices, n_experts)
         rows = x.index_select(0, order // indices.shape[1])  # (N*K, D)
-        gate, up = grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        gate, up = product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
         h = F.silu(gate) * up * routing.weights.flatten()[order, None]  # (N*K, F)
-        y = grouped_linear(h, self.down_proj, ends)  # (N*K, D)
+        y = product(h, self.down_proj, ends)  # (N*K, D)
         return F.embedding_bag(order.argsort().view_as(indices), y, mode="sum")
 
 

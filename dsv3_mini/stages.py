@@ -142,15 +142,11 @@ def linear_deferred(linear: nn.Linear, store: WeightGradStore, x: Tensor) -> Ten
 
 def experts_deferred(experts: Experts, store: WeightGradStore, x: Tensor, routing: Routing) -> Tensor:
     """`Experts.forward` with both grouped products deferred."""
-    top_k = routing.indices.shape[1]
-    expert, order = routing.indices.flatten().sort(stable=True)  # (N*K,)
-    token = order // top_k
-    ends = torch.searchsorted(expert, torch.arange(len(experts.down_proj), device=x.device), right=True).int()
-    product = partial(grouped_linear, ends=ends)
-    gate, up = DeferredProduct.apply(x[token], experts.gate_up_proj, product, store).chunk(2, dim=-1)
-    y = DeferredProduct.apply(F.silu(gate) * up, experts.down_proj, product, store)  # (N*K, D)
-    y = y * routing.weights.flatten()[order, None]
-    return torch.zeros_like(x).index_add(0, token, y.type_as(x))
+
+    def product(rows: Tensor, weight: nn.Parameter, ends: Tensor) -> Tensor:
+        return DeferredProduct.apply(rows, weight, partial(grouped_linear, ends=ends), store)
+
+    return Experts.forward(experts, x, routing, product)
 
 
 def stages_of_rank(stages: Sequence[Stage], schedule: Schedule, rank: int) -> list[Stage]:
