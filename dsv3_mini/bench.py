@@ -13,7 +13,7 @@ from torch import nn
 
 from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.decode import DecodePlan, DenseStep
+from dsv3_mini.decode import DecodePlan
 from dsv3_mini.generate import generate
 from dsv3_mini.model import DeepSeekV3
 
@@ -116,7 +116,7 @@ def bytes_per_token(plan: DecodePlan, context: int) -> dict[str, int]:
     for attention, mlp in plan.layers:
         weights += [attention.down, attention.w_uk, attention.w_uv, attention.out]
         weights += [attention.q_up] if attention.q_up is not None else []
-        if isinstance(mlp, DenseStep):
+        if isinstance(mlp.down, torch.Tensor):
             weights += [mlp.up, mlp.down]
         else:
             n_used = plan.config.num_experts_per_tok + len(mlp.down) - mlp.n_routed

@@ -124,12 +124,16 @@ class DenseStep:
 class MoEStep:
     """A mixture of experts with its norm and residual: (N, D) -> (N, D), for a handful of tokens.
 
-    Sorting and grouping pay for many tokens. For a few, each chosen expert is two matrix-vector products, read where
-    it lies. A shared expert is cut into experts of the routed width, which every token uses with weight 1.
+    Sorting and grouping, as chapter 04 does it, pay for many tokens (more than `few`). For a few, each chosen expert
+    is two matrix-vector products, read where it lies. A shared expert is cut into experts of the routed width, which
+    every token uses with weight 1.
     """
 
+    few = 16
+
     def __init__(self, norm: RMSNorm, moe: MoE, dtype: torch.dtype):
-        self.unit, self.config, self.n_routed = UnitNorm(norm, dtype), moe.gate.config, len(moe.experts.down_proj)
+        self.norm, self.moe, self.unit = norm, moe, UnitNorm(norm, dtype)
+        self.config, self.n_routed = moe.gate.config, len(moe.experts.down_proj)
         self.gate, bias = self.unit.fold(moe.gate.weight), getattr(moe.gate, "e_score_correction_bias", None)
         self.bias = None if bias is None else bias.to(dtype)
         self.gate_up = [weight.to(dtype) for weight in moe.experts.gate_up_proj.detach()]  # E times (2F, D)
@@ -141,6 +145,8 @@ class MoEStep:
             self.down += [w.detach().to(dtype).contiguous() for w in shared.down_proj.weight.split(width, dim=1)]
 
     def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > self.few:
+            return x + self.moe(self.norm(x))
         u = self.unit(x)
         indices, weights = self.route(u)
         always, rows = list(range(self.n_routed, len(self.down))), (u * self.unit.gain).unbind()

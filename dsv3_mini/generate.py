@@ -150,12 +150,12 @@ def decode_speculative(decoder: Decoder, texts: Texts, sampler: Sampler, n_draft
         drafts, q = drafter.draft(texts, h, sampler)
         starts = [len(ids) - 1 for ids in texts.ids]
         h = decoder.step(texts.window(starts, n_drafts + 1, drafts).to(device), starts)  # (B, n_drafts + 1, D)
-        logits = decoder.logits(h)
+        targets = sampler.targets(decoder.logits(h))
         for row in rows:
             if not texts.left[row]:
                 continue
             of_row = [None if distribution is None else distribution[row] for distribution in q]
-            kept, token = sampler.verify(row, drafts[row], logits[row], of_row)
+            kept, token = sampler.verify(row, drafts[row], targets[row], of_row)
             for draft in drafts[row][:kept]:
                 yield from texts.write(row, draft, "accepted")
             if kept < n_drafts and texts.left[row]:
@@ -189,7 +189,7 @@ def stream(
         raise ValueError(f"{n_drafts} drafts a step; 0, 1 or 2 are possible")
     if strange := [token for token in stop if not 0 <= token < config.vocab_size]:
         raise ValueError(f"stop token {strange[0]} does not exist; tokens lie in 0..{config.vocab_size - 1}")
-    plan = model if isinstance(model, DecodePlan) else DecodePlan(model)
+    plan = DecodePlan(model) if isinstance(model, DeepSeekV3) else model
     if n_drafts and not plan.mtp:
         raise ValueError("speculative decoding drafts with an MTP layer, and this model has none")
     capacity = max(map(len, prompts)) + max_new_tokens + n_drafts

@@ -60,15 +60,19 @@ class Sampler:
         p = next_distribution(logits, self.temperature, self.top_p)
         return [draw(p[i], source.random()) for i, source in enumerate(self.sources)], p
 
-    def verify(self, row: int, drafts: Sequence[int], logits: Tensor, q: Sequence[Tensor]) -> tuple[int, int]:
-        """How many of a row's drafts stand, and the token that follows them. logits: (n + 1, V); q: n times (V,)."""
+    def targets(self, logits: Tensor) -> Sequence:
+        """What `verify` compares drafts with, for each row of (B, n + 1, V): the best tokens, or the distributions."""
         if self.temperature == 0:
-            best = logits.argmax(-1).tolist()
-            kept = next((k for k, draft in enumerate(drafts) if draft != best[k]), len(drafts))
-            return kept, best[kept]
-        p, source = next_distribution(logits, self.temperature, self.top_p), self.sources[row]
+            return logits.argmax(-1).tolist()
+        return next_distribution(logits, self.temperature, self.top_p)
+
+    def verify(self, row: int, drafts: Sequence[int], target: Sequence, q: Sequence[Tensor]) -> tuple[int, int]:
+        """How many of a row's n drafts stand, and the token that follows them. target: the row's; q: n times (V,)."""
+        if self.temperature == 0:
+            kept = next((k for k, draft in enumerate(drafts) if draft != target[k]), len(drafts))
+            return kept, target[kept]
         for k, draft in enumerate(drafts):
-            accepted, token = accept_draft(draft, p[k], q[k], source)
+            accepted, token = accept_draft(draft, target[k], q[k], self.sources[row])
             if not accepted:
                 return k, token
-        return len(drafts), draw(p[-1], source.random())
+        return len(drafts), draw(target[-1], self.sources[row].random())
