@@ -238,13 +238,15 @@ class Decoder:
         """Positions starts[i] .. starts[i] + length - 1 of each row. ValueError beyond the capacity."""
         if (end := max(starts) + length) > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache of {self.capacity}")
-        if len(starts) == 1 and length == 1:
-            return Places(self.cos[starts[0] : end], self.sin[starts[0] : end], starts[0], None, end, None)
+        if len(starts) == 1:
+            mask = None if length == 1 else self.cos.new_full((length, end), -math.inf).triu_(starts[0] + 1)
+            mask = mask if mask is None else mask[None, :, None]
+            return Places(self.cos[starts[0] : end], self.sin[starts[0] : end], starts[0], None, end, mask)
         positions = torch.tensor(starts, device=self.cos.device)[:, None] + torch.arange(length, device=self.cos.device)
         unseen = torch.arange(end, device=self.cos.device) > positions[..., None]  # (B, T, end)
         mask = torch.zeros(unseen.shape, dtype=self.plan.dtype, device=unseen.device).masked_fill_(unseen, -math.inf)
         cos, sin = self.cos[positions.flatten()], self.sin[positions.flatten()]
-        return Places(cos, sin, starts[0], positions if len(starts) > 1 else None, end, mask.unsqueeze(2))
+        return Places(cos, sin, starts[0], positions, end, mask.unsqueeze(2))
 
     def step(self, ids: Tensor, starts: Sequence[int]) -> Tensor:
         """New tokens (B, T), row i from position starts[i] on -> normed hidden states (B, T, D)."""

@@ -78,11 +78,16 @@ class Texts:
         return torch.tensor([row + [0] * (length - len(row)) for row in cut])
 
 
+def pick(h: Tensor, places: Sequence[int]) -> Tensor:
+    """One state of each row: (B, T, D) and B indices -> (B, D)."""
+    return h[:, places[0]] if len(h) == 1 else h[torch.arange(len(h)), list(places)]
+
+
 def decode_plain(decoder: Decoder, texts: Texts, sampler: Sampler) -> Iterator[Event]:
     """Prefill the prompts, then one token a row and step."""
     device, lengths = decoder.plan.device, [len(ids) for ids in texts.ids]
     h = decoder.prefill(texts.window([0] * len(lengths), max(lengths)).to(device))  # (B, T, D)
-    h = h[torch.arange(len(h)), [length - 1 for length in lengths]]  # (B, D)
+    h = pick(h, [length - 1 for length in lengths])  # (B, D)
     while texts.running:
         tokens, _ = sampler.choose(decoder.logits(h))
         for row, token in enumerate(tokens):
@@ -112,10 +117,10 @@ class Drafter:
     def draft(self, texts: Texts, h: Tensor, sampler: Sampler) -> tuple[list[list[int]], list[Tensor | None]]:
         """The main model's new states (B, T, D), from the first unverified position on -> each row's drafts, and
         for each depth the distributions (B, V) they were drawn from."""
-        rows, last = torch.arange(len(h)), [len(ids) - 2 for ids in texts.ids]  # position of the newest state
+        last = [len(ids) - 2 for ids in texts.ids]  # position of the newest state
         starts = self.starts or [[0] * len(h)] * self.n_layers
         new = self.run(0, h, texts.window([s + 1 for s in starts[0]], h.shape[1]), starts[0])
-        state = new[rows, [end - start for end, start in zip(last, starts[0], strict=True)]]  # (B, D)
+        state = pick(new, [end - start for end, start in zip(last, starts[0], strict=True)])  # (B, D)
         tokens, q = sampler.choose(self.decoder.logits(state))
         drafts, qs = [[token] for token in tokens], [q]
         if self.n_drafts == 2:
@@ -135,7 +140,7 @@ class Drafter:
         ids = texts.window([s + 2 for s in starts[1]], h.shape[1], drafts)
         h = self.run(1, h, ids, starts[1])
         self.carried = state.unsqueeze(1)
-        return h[torch.arange(len(h)), [end - start for end, start in zip(last, starts[1], strict=True)]]
+        return pick(h, [end - start for end, start in zip(last, starts[1], strict=True)])
 
 
 def decode_speculative(decoder: Decoder, texts: Texts, sampler: Sampler, n_drafts: int) -> Iterator[Event]:
@@ -143,7 +148,7 @@ def decode_speculative(decoder: Decoder, texts: Texts, sampler: Sampler, n_draft
     device, lengths, drafter = decoder.plan.device, [len(ids) for ids in texts.ids], Drafter(decoder, n_drafts)
     rows = range(len(lengths))
     h = decoder.prefill(texts.window([0] * len(lengths), max(lengths)).to(device))  # (B, T, D)
-    tokens, _ = sampler.choose(decoder.logits(h[torch.arange(len(h)), [length - 1 for length in lengths]]))
+    tokens, _ = sampler.choose(decoder.logits(pick(h, [length - 1 for length in lengths])))
     for row in rows:
         yield from texts.write(row, tokens[row], "model")
     while texts.running:
