@@ -171,9 +171,9 @@ def test_transformers_own_mtp_decoding_needs_as_many_steps(tmp_path):
 @pytest.mark.parametrize("n_mtp, n_drafts", [(1, 1), (2, 2)])
 def test_drafts_come_from_verified_states(n_mtp, n_drafts):
     """Each draft is what the module says when it reads the finished text from the start."""
-    model = build(num_nextn_predict_layers=n_mtp, seed=3)
-    events = list(stream(model, [[3, 4, 5]], 25, n_drafts=n_drafts))
-    ids, judged, pending = [3, 4, 5], 0, []
+    model = build(num_nextn_predict_layers=n_mtp, seed=2, vocab_size=5)
+    events = list(stream(model, [[3, 1, 2]], 70, n_drafts=n_drafts))
+    ids, judged, pending = [3, 1, 2], [0, 0], []
     for event in events:
         pending.append(event)
         if event.kind != "model":
@@ -185,10 +185,11 @@ def test_drafts_come_from_verified_states(n_mtp, n_drafts):
                 given_ids = text[:, k : k + h.shape[1]]
                 h = layer.shared_head.norm(layer(h, given_ids, model.model.rope(0, h.shape[1])))
             assert draft.token == model.lm_head(h)[0, -1].argmax().item()
-            judged += 1
+            judged[depth - 1] += 1
         ids += [e.token for e in pending if e.kind != "rejected"]
         pending = []
-    assert judged > 10
+    assert judged[0] > 10 and (n_drafts == 1 or judged[1] > 3)
+    assert min(sum(event.kind == kind for event in events) for kind in ("accepted", "rejected")) > 3
 
 
 def test_tokens_per_verify_step_are_one_plus_the_acceptance(plan):
