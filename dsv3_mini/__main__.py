@@ -1,7 +1,6 @@
 """The command line: python -m dsv3_mini cost | train | generate | bench | experiment (each with --help)."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -80,52 +79,52 @@ def train(options: argparse.Namespace) -> None:
 
 
 def add_generate(commands) -> None:
-    parser = commands.add_parser("generate", help="continue a prompt, streaming")
+    parser = commands.add_parser("generate", help="continue a prompt or fill a gap, streaming")
     parser.add_argument("prompt")
     parser.add_argument("--checkpoint", required=True, help="a folder that train wrote")
+    parser.add_argument("--suffix", help="what stands after a gap; the model fills what is between prompt and suffix")
     parser.add_argument("--max-new-tokens", type=int, default=120)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
     parser.add_argument("--speculative", action="store_true", help="draft with the MTP layer")
+    parser.add_argument("--drafts", type=int, choices=(1, 2), default=1, help="drafts a step with --speculative")
     parser.set_defaults(run=generate)
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Print the prompt and its continuation, piece by piece as whole characters appear."""
-    import torch
+    """Print the prompt and what follows, piece by piece as whole characters appear."""
+    import time
 
-    from dsv3_mini.generate import generate as run_generation
-    from dsv3_mini.generate import load_tokenizer
-    from dsv3_mini.model import DeepSeekV3
+    from dsv3_mini.completion import Completer
 
-    if not options.prompt:
+    if not options.prompt and options.suffix is None:
         raise ValueError("the prompt is empty; at least one character is needed")
-    tokenizer = load_tokenizer(options.checkpoint)
-    model = DeepSeekV3.from_pretrained(options.checkpoint)
-    ids, shown = tokenizer.encode(options.prompt).ids, options.prompt
-    print(shown, end="", flush=True)
-
-    def on_token(new: list[int]) -> None:
-        nonlocal shown
-        ids.append(new[0])
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "speculative")
-    settings = {name: getattr(options, name) for name in names}
-    result = run_generation(model, torch.tensor([list(ids)]), on_token=on_token, **settings)
-    count = result.tokens.shape[1]
-    drafts = f", {result.accepted} of {result.drafted} drafts accepted" if options.speculative else ""
-    print(f"\n[{count} tokens, {count / max(result.seconds, 1e-9):.0f} tokens/s{drafts}]", file=sys.stderr)
+    completer, started, counts = Completer.from_pretrained(options.checkpoint), time.perf_counter(), {}
+    settings = {name: getattr(options, name) for name in ("suffix", "stop", "temperature", "top_p")}
+    settings |= {"seeds": [options.seed], "n_drafts": options.drafts if options.speculative else 0}
+    pieces = completer.stream(options.prompt, options.max_new_tokens, **settings)
+    shown = [options.prompt]  # printed with the first piece, so that a refused request prints nothing
+    for piece in pieces:
+        counts[piece.kind] = counts.get(piece.kind, 0) + 1
+        if piece.kind != "rejected":
+            print(*shown, piece.text, sep="", end="", flush=True)
+            shown = []
+    print(*shown, options.suffix or "", sep="")
+    accepted, rejected = counts.get("accepted", 0), counts.get("rejected", 0)
+    count, seconds = counts.get("model", 0) + accepted, time.perf_counter() - started
+    drafts = f", {accepted} of {accepted + rejected} drafts accepted" if options.speculative else ""
+    print(f"[{count} tokens, {count / seconds:.0f} tokens/s{drafts}]", file=sys.stderr)
 
 
 def add_bench(commands) -> None:
     parser = commands.add_parser("bench", help="training step and greedy decoding against transformers, same weights")
-    parser.add_argument("--preset", default="nano", help="nano or mini")
+    parser.add_argument("--preset", default="nano", help="nano or mini, with random weights")
+    parser.add_argument("--checkpoint", help="a trained folder instead; speculative decoding is measured too")
     parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured, in turn")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens decoded after the first")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="prompt lengths")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.set_defaults(run=bench)
 
@@ -133,13 +132,18 @@ def add_bench(commands) -> None:
 def bench(options: argparse.Namespace) -> None:
     """Print tokens a second and their ratio."""
     from dsv3_mini.bench import compare_with_transformers
+    from dsv3_mini.checkpoint import write_json
 
-    figures = compare_with_transformers(options.preset, options.rounds)
+    names = ("preset", "rounds", "new_tokens", "checkpoint", "contexts")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {Path(options.json).parent} to write {options.json} into")
+    figures = compare_with_transformers(**{name: getattr(options, name) for name in names})
+    print(f"{'tokens/s':26}{'ours':>10}{'transformers':>14}{'ratio':>8}{'speculative':>13}{'ratio':>8}")
     for name, row in figures["measured"].items():
-        ours, theirs = f"ours {row['ours']:8.0f}", f"transformers {row['transformers']:8.0f}"
-        print(f"{name:22} {ours}  {theirs} tokens/s  ratio {row['ratio']:.2f}")
+        print(f"{name:26}{row['ours']:10.0f}{row['transformers']:14.0f}{row['ratio']:8.2f}", end="")
+        print(f"{row['speculative']:13.0f}{row['speculative_ratio']:8.2f}" if "speculative" in row else "")
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(options.json), figures)
 
 
 def add_experiment(commands) -> None:

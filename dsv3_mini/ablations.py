@@ -14,14 +14,15 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from dsv3_mini.accounting import count_parameters, flops_per_token
-from dsv3_mini.bench import time_in_turn, transformers_twin
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import bits_per_byte
 from dsv3_mini.dataset import prepare
 from dsv3_mini.evaluate import evaluate, gaps, infill_exact_match, next_token_accuracy, validation_loss
 from dsv3_mini.losses import training_losses
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.peer import time_in_turn, transformers_twin
 from dsv3_mini.recipe import TrainOptions
+from dsv3_mini.resume import read_log
 from dsv3_mini.train import Run, make_optimizer, start_run, train_step
 
 # Which part of the recipe earns its place?
@@ -163,6 +164,7 @@ def training_speed(preset: str, dtype: str = "float32", batch: int = 8, seq_len:
     }
     speed, rate = time_in_turn(sides, rounds), matmul_rate(kind)
     flops = flops_per_token(config, seq_len, training=True) * speed["ours"]
+    speed["ratio"] = speed["ours"] / speed["transformers"]
     return {**speed, "flops_per_second": flops, "matmul_flops_per_second": rate, "utilisation": flops / rate}
 
 
@@ -176,8 +178,8 @@ def training_speed_runs() -> Iterator[dict]:
             yield {"variant": f"{preset} {dtype}", "seed": 0, "seconds": seconds, **speed}
 
 
-def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
-    """The committed model beside simpler things, on the files of its text that it has not read."""
+def nano_runs(folder: str = "runs/nano") -> Iterator[dict]:
+    """What `train` wrote with its defaults, beside simpler things, on the files of its text that it has not read."""
     described = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
     options = TrainOptions(**described["options"])
     data = prepare(options, Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
@@ -188,4 +190,5 @@ def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
     started = time.perf_counter()
     results = evaluate(DeepSeekV3.from_pretrained(folder, dtype=torch.float32), data)
     seconds = round(time.perf_counter() - started, 1)
-    yield {"variant": "mini", "seed": options.seed, "seconds": seconds, "run": described, "results": results}
+    run = {"variant": "nano", "seed": options.seed, "seconds": seconds, "run": described, "results": results}
+    yield run | {"valid_loss": results["bits per byte"]["model"], "log": read_log(folder)}

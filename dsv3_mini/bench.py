@@ -1,45 +1,24 @@
-"""Cached decoding, sampling, and speculative decoding that writes exactly what plain decoding would.
+"""Training step and decoding against transformers on the same weights, and what a step must read.
 
 Generated from chapters/13_generation.ipynb; edit the chapter, not this file.
 """
 
+import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.decode import DecodePlan
 from dsv3_mini.generate import generate
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.peer import time_in_turn, transformers_twin
 
-# How fast is it, beside transformers?
-
-
-def transformers_twin(model: DeepSeekV3) -> nn.Module:
-    """transformers' DeepseekV3ForCausalLM with the same weights; ImportError says how to get it."""
-    try:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-    except ImportError as error:
-        raise ValueError("bench compares with transformers, which is missing: pip install transformers") from error
-    twin = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict({**model.config.to_dict(), "torch_dtype": "float32"}))
-    twin.load_state_dict({name: model.state_dict()[name] for name in twin.state_dict()})
-    return twin
-
-
-def time_in_turn(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-    """Tokens a second of each side, the median of `rounds` measured in turn after one warm-up."""
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
-        for name, work in sides.items():
-            started = time.perf_counter()
-            tokens = work()
-            if round_:
-                speeds[name].append(tokens / (time.perf_counter() - started))
-    medians = {name: sorted(values)[len(values) // 2] for name, values in speeds.items()}
-    return {**medians, "ratio": medians["ours"] / medians["transformers"]}
+# How fast is it?
 
 
 def training_step(model: nn.Module, forward: Callable, windows: torch.Tensor) -> Callable[[], int]:
@@ -56,28 +35,122 @@ def training_step(model: nn.Module, forward: Callable, windows: torch.Tensor) ->
     return step
 
 
-def compare_with_transformers(preset: str = "nano", rounds: int = 5, new_tokens: int = 64) -> dict:
-    """Training step and greedy decoding of both implementations on the same weights, float32, in turn."""
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds} must be 1 or more")
+def training_sides(config: ModelConfig) -> dict[str, Callable[[], int]]:
+    """One training step of 8 windows of 256 tokens, of both implementations on the same weights."""
     torch.manual_seed(0)
-    config = ModelConfig.preset(preset, num_nextn_predict_layers=0, initializer_range=0.02, eos_token_id=None)
-    model = DeepSeekV3(config)
-    twin = transformers_twin(model)
-    windows, prompt = torch.randint(5, config.vocab_size, (8, 257)), torch.randint(5, config.vocab_size, (1, 64))
-
-    def ours() -> int:
-        return generate(model, prompt, new_tokens).tokens.shape[1]
-
-    def theirs() -> int:
-        out = twin.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
-        return out.shape[1] - prompt.shape[1]
-
-    decoding = time_in_turn({"ours": ours, "transformers": theirs}, rounds)
-    steps = {
+    model = DeepSeekV3(config.replace(num_nextn_predict_layers=0))
+    twin, windows = transformers_twin(model), torch.randint(5, config.vocab_size, (8, 257))
+    return {
         "ours": training_step(model, model, windows),
         "transformers": training_step(twin, lambda ids: twin(ids, use_cache=False).logits, windows),
     }
-    measured = {"training step": time_in_turn(steps, rounds), "greedy decoding": decoding}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    return {"preset": preset, "rounds": rounds, "versions": versions, "measured": measured}
+
+
+def decoding_only(write: Callable[[int], object], new_tokens: int) -> Callable[[], tuple[int, float]]:
+    """A side of `time_in_turn`: write(n) continues a prompt by n tokens; prefill and first token are subtracted."""
+
+    def work() -> tuple[int, float]:
+        started = time.perf_counter()
+        write(1)
+        middle = time.perf_counter()
+        write(new_tokens + 1)
+        return new_tokens, max(time.perf_counter() - middle - (middle - started), 1e-9)
+
+    return work
+
+
+def decoding_sides(model: DeepSeekV3, prompt: torch.Tensor, new_tokens: int) -> dict[str, Callable]:
+    """Greedy decoding of one prompt (1, T) by both, and speculatively where the model has an MTP layer.
+
+    The plan is made before the clock starts, as the twin is.
+    """
+    twin, plan = transformers_twin(model), DecodePlan(model)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    writers = {
+        "ours": lambda n: generate(plan, prompt, n, stop=()),
+        "transformers": lambda n: twin.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options),
+    }
+    if model.mtp_layers:
+        writers["speculative"] = lambda n: generate(plan, prompt, n, stop=(), speculative=True)
+    return {name: decoding_only(write, new_tokens) for name, write in writers.items()}
+
+
+def with_ratios(speeds: dict[str, float]) -> dict[str, float]:
+    """The speeds and what they are relative to transformers."""
+    ratios = {"ratio": speeds["ours"] / speeds["transformers"]}
+    if "speculative" in speeds:
+        ratios["speculative_ratio"] = speeds["speculative"] / speeds["transformers"]
+    return speeds | ratios
+
+
+def bytes_per_token(plan: DecodePlan, context: int) -> dict[str, int]:
+    """What one greedy step must read at least: weights of the main layers and head, and the latents cached so far."""
+    weights = [plan.head]
+    for attention, mlp in plan.layers:
+        weights += [attention.down, attention.w_uk, attention.w_uv, attention.out]
+        weights += [attention.q_up] if attention.q_up is not None else []
+        if isinstance(mlp.down, torch.Tensor):
+            weights += [mlp.up, mlp.down]
+        else:
+            n_used = plan.config.num_experts_per_tok + len(mlp.down) - mlp.n_routed
+            weights += [mlp.gate, *mlp.gate_up[-n_used:], *mlp.down[-n_used:]]
+    c = plan.config
+    per_position = len(plan.layers) * (c.kv_lora_rank + c.qk_rope_head_dim) * plan.head.itemsize
+    return {"weights": sum(weight.nbytes for weight in weights), "cache": context * per_position}
+
+
+def read_bandwidth(n_bytes: int, rounds: int = 15) -> float:
+    """Bytes a second at which this machine sums a float32 tensor of `n_bytes`, the median of `rounds`."""
+    numbers = torch.ones(n_bytes // 4)
+    return time_in_turn({"sum": lambda: n_bytes * bool(numbers.sum() > 0)}, rounds)["sum"]
+
+
+def compare_with_transformers(
+    preset: str = "nano",
+    rounds: int = 5,
+    new_tokens: int = 64,
+    checkpoint: str | os.PathLike | None = None,
+    contexts: Sequence[int] = (64,),
+) -> dict:
+    """Training step and greedy decoding of both implementations on the same weights, float32, in turn.
+
+    checkpoint: a trained folder instead of random weights of a preset; only then is speculation measured, since
+    drafts of random weights are worth nothing. contexts: prompt lengths. ValueError for what does not fit the model.
+    """
+    if rounds < 1 or new_tokens < 1 or min(contexts, default=0) < 1:
+        raise ValueError(f"{rounds=}, {new_tokens=} and contexts={list(contexts)} must be 1 or more")
+    started, model = time.perf_counter(), open_model(preset, checkpoint)
+    config = model.config
+    if (longest := max(contexts) + new_tokens + 1) > config.max_position_embeddings:
+        raise ValueError(f"{longest} positions are needed; max_position_embeddings is {config.max_position_embeddings}")
+    measured = {"training step": with_ratios(time_in_turn(training_sides(config), rounds))}
+    for context in contexts:
+        prompt = torch.randint(5, config.vocab_size, (1, context), generator=torch.Generator().manual_seed(1))
+        speeds = time_in_turn(decoding_sides(model, prompt, new_tokens), rounds)
+        measured[f"greedy decoding at {context}"] = with_ratios(speeds)
+    plan = DecodePlan(model)
+    needed = {str(context): bytes_per_token(plan, context) for context in contexts}
+    bandwidth = read_bandwidth(needed[str(min(contexts))]["weights"])
+    return {
+        **{"preset": preset if checkpoint is None else str(checkpoint), "seed": 0, "config": config.to_dict()},
+        **{"rounds": rounds, "new_tokens": new_tokens, "measured": measured},
+        **{"bytes_per_token": needed, "bytes_per_second": bandwidth},
+        **{"versions": versions(), "seconds": round(time.perf_counter() - started, 1)},
+    }
+
+
+def open_model(preset: str, checkpoint: str | os.PathLike | None) -> DeepSeekV3:
+    """A trained folder in float32, or a preset with random weights and without the MTP layer they make useless."""
+    if checkpoint is not None:
+        return DeepSeekV3.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    config = ModelConfig.preset(preset, num_nextn_predict_layers=0, initializer_range=0.02)
+    torch.manual_seed(0)
+    return DeepSeekV3(config).eval()
+
+
+def versions() -> dict[str, str | int]:
+    """What a measured number depends on."""
+    from transformers import __version__ as of_transformers
+
+    libraries = {"python": platform.python_version(), "torch": torch.__version__, "transformers": of_transformers}
+    return libraries | {"threads": torch.get_num_threads(), "machine": f"{platform.system()} {platform.machine()}"}

@@ -18,8 +18,8 @@ from dsv3_mini.ablations import (
     dense_runs,
     fim_runs,
     gate_runs,
-    mini_runs,
     mtp_runs,
+    nano_runs,
     speed_of_bias_runs,
     training_speed_runs,
 )
@@ -234,7 +234,7 @@ EXPERIMENTS: dict[str, Callable] = {
     "fim": fim_runs,
     "gate": gate_runs,
     "bias_speed": speed_of_bias_runs,
-    "mini": mini_runs,
+    "nano": nano_runs,
     "training_speed": training_speed_runs,
 }
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -378,24 +377,6 @@ def test_transformers_opens_the_folder_and_writes_the_same_text(options, tmp_pat
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run").generate(ids, max_new_tokens=9, do_sample=False)
     assert torch.equal(theirs[:, ids.shape[1] :], generate(model, ids, 9).tokens)
     assert tokenizer.decode(ids[0]) == "def f12(x):\n" and tokenizer.eos_token_id == EOS
-
-
-MINI = Path(__file__).parent.parent / "assets/checkpoints/mini"
-
-
-@pytest.mark.skipif(not (MINI / "model.safetensors").exists(), reason="the mini model has not been trained yet")
-def test_transformers_writes_the_mini_models_text():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from dsv3_mini.generate import generate
-
-    ids = AutoTokenizer.from_pretrained(MINI)("def read(path):\n", return_tensors="pt").input_ids
-    model = DeepSeekV3.from_pretrained(MINI, dtype=torch.float32)
-    twin = AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32)
-    wanted = twin.generate(ids, max_new_tokens=24, do_sample=False)[:, ids.shape[1] :]
-    assert torch.equal(generate(model, ids, 24).tokens, wanted)
-    assert sum(file.stat().st_size for file in MINI.iterdir()) < 25_000_000
-    assert json.loads((MINI / "run.json").read_text())["tokens"] == comparable_log(MINI)[-1]["tokens"]
 
 
 # the command line
