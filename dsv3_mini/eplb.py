@@ -1,5 +1,12 @@
+"""Placing experts and their replicas on GPUs so that all carry alike: packing, replication, two policies.
+
+Generated from chapters/09_expert_parallel.ipynb; edit the chapter, not this file.
+"""
+
 import torch
 from torch import Tensor
+
+# Who waits for whom?
 
 
 def balanced_packing(weights: Tensor, n_packs: int) -> Tensor:
@@ -94,6 +101,9 @@ def gpu_load(load: Tensor, physical_to_logical: Tensor, n_gpus: int) -> Tensor:
 def peak_over_mean(carried: Tensor) -> Tensor:
     """Largest over mean load of the GPUs, 1 at best: (L, n_gpus) -> (L,). All others wait for the largest."""
     return carried.amax(1) / carried.mean(1)
+
+
+# What do real routers need?
 
 
 def choose_replicas(indices: Tensor, logical_to_physical: Tensor, replica_count: Tensor) -> Tensor:

@@ -1,3 +1,8 @@
+"""Experts spread over many processes: tokens travel to them and back, over as few slow links as possible.
+
+Generated from chapters/09_expert_parallel.ipynb; edit the chapter, not this file.
+"""
+
 from typing import NamedTuple
 
 import torch
@@ -8,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import SwiGLU
 from dsv3_mini.moe import Experts, Gate, MoE, Routing, experts_reference
+
+# Why must tokens travel?
 
 
 def expert_parallel_reference(
@@ -26,6 +33,9 @@ def expert_parallel_reference(
             answer = experts_reference(x[token], letter, gate_up_proj[mine], down_proj[mine])
             outs[sender] = outs[sender].index_add(0, token, answer)
     return outs
+
+
+# How does a message get there, and its gradient back?
 
 
 def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -148,8 +158,6 @@ class ExpertParallelMoE(nn.Module):
         """The weighted sum of this rank's experts for each row that came: (M, D), (M, K), (M, K) -> (M, D)."""
         local = indices - self.first
         row, slot = ((local >= 0) & (local < len(self.experts.down_proj))).nonzero(as_tuple=True)
-        if not len(row):  # nothing came; grouped_mm has no backward for that, and the gradient must be 0, not None
-            return rows * sum(weight.sum() for weight in self.experts.parameters())
         y = self.experts(rows[row], Routing(local[row, slot, None], weights[row, slot, None], None))
         return torch.zeros_like(rows).index_add(0, row, y)
 
@@ -174,6 +182,9 @@ def run_rank(moe: MoE, x: Tensor, upstream: Tensor, shape: tuple[int, ...]) -> d
     sum_replicated_gradients(part)
     gradients = {name: weight.grad for name, weight in part.named_parameters()}
     return {"output": output.detach(), "x": x.grad, "copies": part.copies, **gradients}
+
+
+# Which wires does a token use?
 
 
 def distinct_nodes(indices: Tensor, n_experts: int, n_nodes: int) -> Tensor:
