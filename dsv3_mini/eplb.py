@@ -52,7 +52,7 @@ def place_layer(load: Tensor, n_replicas: int, n_groups: int, n_nodes: int, n_gp
 
 
 def invert_placement(physical_to_logical: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """(L, R) -> the places of each expert (L, E, most replicas), padded with -1, and how many it has (L, E)."""
+    """(L, R) -> each expert's places, rising, padded with -1 (L, E, most replicas), and how many (L, E)."""
     count = torch.stack([torch.bincount(row, minlength=n_experts) for row in physical_to_logical])
     places = torch.full((*count.shape, int(count.max())), -1)
     for layer, row in enumerate(physical_to_logical):
