@@ -1,0 +1,126 @@
+"""Expert parallelism on real processes: outputs and gradients of one process, unequal splits, empty ranks, traffic."""
+
+import pytest
+import torch
+
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.expert_parallel import count_copies, distinct_nodes, expert_parallel_reference, run_rank
+from dsv3_mini.moe import MoE, group_limited_topk
+from dsv3_mini.workers import Workers
+
+TOLERANCE = {torch.float64: dict(rtol=1e-12, atol=1e-12), torch.float32: dict(rtol=1e-4, atol=1e-5)}
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Groups of two and of four processes, kept for all tests of this file."""
+    with Workers(2, timeout=20) as two, Workers(4, timeout=20) as four:
+        yield {2: two, 4: four}
+
+
+def whole_layer(dtype=torch.float64, favour=(), **changes):
+    odd = dict(hidden_size=20, n_routed_experts=8, num_experts_per_tok=3, n_group=1, topk_group=1)
+    config = ModelConfig.preset("nano", **{**odd, "moe_intermediate_size": 12, "initializer_range": 0.3, **changes})
+    torch.manual_seed(0)
+    moe = MoE(config).to(dtype)
+    moe.gate.e_score_correction_bias[list(favour)] = 10.0
+    return moe
+
+
+def one_process(moe, xs, upstreams):
+    """Output and gradients of all tokens together."""
+    x = torch.cat(xs).requires_grad_()
+    output = moe(x)
+    output.backward(torch.cat(upstreams))
+    return {"output": output.detach(), "x": x.grad, **{name: weight.grad for name, weight in moe.named_parameters()}}
+
+
+def compare(groups, moe, sizes, shape):
+    """Run every rank's tokens in a process of its own; outputs and gradients must be those of one process."""
+    dtype = moe.experts.down_proj.dtype
+    xs, upstreams = ([torch.randn(n, 20, dtype=dtype) for n in sizes] for _ in range(2))
+    ranks = groups[len(sizes)].run(run_rank, [(moe, x, u, shape) for x, u in zip(xs, upstreams, strict=True)])
+    expected = one_process(moe, xs, upstreams)
+    for name, value in expected.items():
+        split = name in ("output", "x") or name.startswith("experts.")
+        got = torch.cat([rank[name] for rank in ranks]) if split else ranks[-1][name]
+        torch.testing.assert_close(got, value, **TOLERANCE[dtype], msg=lambda text, name=name: f"{name}: {text}")
+    return ranks
+
+
+@pytest.mark.parametrize("sizes, shape", [((7, 5), (2,)), ((7, 0, 9, 3), (4,)), ((6, 2, 11, 5), (2, 2))])
+def test_outputs_and_gradients_equal_one_process(groups, sizes, shape):
+    ranks = compare(groups, whole_layer(), sizes, shape)
+    assert ranks[0]["gate.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_ranks_whose_experts_nobody_chose_get_gradient_zero(groups, dtype, shape):
+    ranks = compare(groups, whole_layer(dtype, favour=(0, 2, 3)), (5, 4, 3, 2), shape)
+    assert not any(ranks[2]["experts.down_proj"].flatten()) and not any(ranks[3]["experts.gate_up_proj"].flatten())
+
+
+def test_gate_weights_keep_their_gradient_when_nothing_else_reaches_the_gate(groups):
+    moe = whole_layer(norm_topk_prob=False, n_shared_experts=0)
+    ranks = compare(groups, moe, (9, 4), (2,))
+    assert moe.gate.weight.grad.norm() > 0.1 and ranks[0]["gate.weight"].norm() > 0.1
+
+
+def test_unequal_splits_are_told_before_rows_are_sent(groups):
+    ranks = compare(groups, whole_layer(favour=(6, 7)), (2, 13), (2,))
+    assert ranks[0]["copies"][0][1] == 2 and ranks[1]["copies"][0][1] == 13  # all want rank 1
+
+
+def test_copies_sent_over_two_levels_are_the_copies_counted(groups):
+    moe, sizes = whole_layer(num_experts_per_tok=5), (6, 2, 11, 5)
+    torch.manual_seed(3)
+    xs = [torch.randn(n, 20, dtype=torch.float64) for n in sizes]
+    ranks = groups[4].run(run_rank, [(moe, x, x, (2, 2)) for x in xs])
+    slow = sum(rank["copies"][0][1 - home // 2] for home, rank in enumerate(ranks))
+    fast = sum(rank["copies"][1][1 - home % 2] for home, rank in enumerate(ranks))
+    home = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+    counted = count_copies(moe.gate(torch.cat(xs)).indices, home, 8, 2, 4)
+    assert (slow, fast) == tuple(int(copies.sum()) for copies in counted) and slow <= sum(sizes)
+
+
+def test_experts_that_do_not_spread_evenly_are_refused(groups):
+    moe, x = whole_layer(n_routed_experts=6), torch.randn(3, 20, dtype=torch.float64)
+    with Workers(4) as four, pytest.raises(RuntimeError, match="n_routed_experts=6 do not spread evenly over 4 ranks"):
+        four.run(run_rank, [(moe, x, x, (4,))] * 4)
+
+
+def test_reference_of_all_ranks_in_one_process_equals_the_layer():
+    moe, xs = whole_layer(n_shared_experts=0), [torch.randn(n, 20, dtype=torch.float64) for n in (5, 0, 8, 1)]
+    experts = moe.experts
+    outs = expert_parallel_reference(xs, [moe.gate(x) for x in xs], experts.gate_up_proj, experts.down_proj)
+    torch.testing.assert_close(torch.cat(outs), moe(torch.cat(xs)), rtol=1e-12, atol=1e-12)
+
+
+def copies_one_by_one(indices, home, n_experts, n_nodes, n_gpus, deduplicate):
+    """Slow and fast copies of one token, with sets."""
+    per_node, gpus = n_gpus // n_nodes, [i // (n_experts // n_gpus) for i in indices]
+    if not deduplicate:
+        away = [gpu for gpu in gpus if gpu // per_node != home // per_node]
+        return len(away), sum(gpu != home and gpu // per_node == home // per_node for gpu in gpus)
+    nodes = {gpu // per_node for gpu in gpus}
+    entries = {node * per_node + home % per_node for node in nodes}
+    return len(nodes - {home // per_node}), len(set(gpus) - entries)
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_copies_equal_a_count_with_sets(deduplicate):
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.rand(50, 24, generator=generator).topk(7).indices
+    home = torch.randint(12, (50,), generator=generator)
+    slow, fast = count_copies(indices, home, 24, 3, 12, deduplicate)
+    expected = [
+        copies_one_by_one(i, h, 24, 3, 12, deduplicate) for i, h in zip(indices.tolist(), home.tolist(), strict=True)
+    ]
+    assert list(zip(slow.tolist(), fast.tolist(), strict=True)) == expected
+
+
+def test_free_routing_visits_the_expected_nodes_and_limited_routing_at_most_four():
+    scores = torch.rand(20000, 256, generator=torch.Generator().manual_seed(0))
+    free, limited = (distinct_nodes(group_limited_topk(scores, 8, *g), 256, 8).float() for g in ((1, 1), (8, 4)))
+    assert abs(free.mean() - 5.29) < 0.02 and limited.max() == 4
