@@ -124,7 +124,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
-    parser.add_argument("name", help="attention, balance or gamma")
+    parser.add_argument("name", help="attention, balance, gamma or fp8")
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 

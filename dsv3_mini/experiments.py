@@ -33,6 +33,7 @@ from dsv3_mini.data import (
     python_corpus,
     train_tokenizer,
 )
+from dsv3_mini.fp8_training import fp8_runs
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import Routing, moe_feed_forward, record_routing
 
@@ -210,7 +211,12 @@ def gamma_runs(seeds: int = 3, steps: int = 500) -> Iterator[dict]:
             yield balance_run(f"{gamma:g}", seed, gamma=gamma, steps=steps)
 
 
-EXPERIMENTS: dict[str, Callable] = {"attention": attention_runs, "balance": balance_runs, "gamma": gamma_runs}
+EXPERIMENTS: dict[str, Callable] = {
+    "attention": attention_runs,
+    "balance": balance_runs,
+    "gamma": gamma_runs,
+    "fp8": fp8_runs,
+}
 
 
 def run_experiment(name: str, folder: str | os.PathLike, on_run: Callable[[dict], None] = lambda run: None) -> Path:
