@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from dsv3_mini.config import FP8
 from dsv3_mini.moe import Experts, Routing
 from dsv3_mini.precision import largest_value, round_to_format
 
@@ -59,7 +61,7 @@ def act_quant(
         raise ValueError(f"number_format={number_format!r}; choose 'e4m3' or 'e5m6'")
     largest = 448.0 if number_format == "e4m3" else largest_value(5, 6)
     n = x.shape[-1]
-    tiles = F.pad(x.float(), (0, -n % tile)).unflatten(-1, (-1, tile))
+    tiles = F.pad(x.float(), (0, -n % tile)).unflatten(-1, (-(-n // tile), tile))
     scale = scale_for(tiles.abs().amax(-1).clamp(min=min_amax), scale_fmt, largest)
     q = (tiles / scale[..., None]).flatten(-2)[..., :n]
     return (q.to(torch.float8_e4m3fn) if number_format == "e4m3" else round_to_format(q, 5, 6)), scale
@@ -77,7 +79,8 @@ def weight_quant(w: Tensor, block: int = 128, scale_fmt: str | None = None) -> t
     """
     check_float(w, block, 2)
     m, n = w.shape[-2:]
-    blocks = F.pad(w.float(), (0, -n % block, 0, -m % block)).unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+    padded = F.pad(w.float(), (0, -n % block, 0, -m % block))
+    blocks = padded.unflatten(-1, (-(-n // block), block)).unflatten(-3, (-(-m // block), block))
     scale = scale_for(blocks.abs().amax((-3, -1)).clamp(min=1e-30), scale_fmt)
     q = (blocks / scale[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
     return q[..., :m, :n].to(torch.float8_e4m3fn), scale
@@ -169,6 +172,7 @@ class FP8Matmul(torch.autograd.Function):
         return fp8_gemm(q, scale, w, w_scale, tile).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         q, scale, w, w_scale = ctx.saved_tensors
         dx = dw = None
@@ -248,12 +252,12 @@ def to_fp8(model: nn.Module, tile: int = 128) -> nn.Module:
     found = [(name, module) for name, module in found if type(module) is Experts or runs_in_fp8(name)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no projection or experts to switch to FP8")
+    if biased := [name for name, module in found if getattr(module, "bias", None) is not None]:
+        raise ValueError(f"{biased[0]} has a bias; FP8Linear has none")
     for name, module in found:
         if type(module) is Experts:
             module.__class__, module.tile = FP8Experts, tile
             continue
-        if module.bias is not None:
-            raise ValueError(f"{name} has a bias; FP8Linear has none")
         options = dict(scale_fmt="ue8m0", cache_format="e5m6") if name.endswith("o_proj") else {}
         with torch.device("meta"):
             layer = FP8Linear(module.in_features, module.out_features, tile, **options)
@@ -272,7 +276,7 @@ def save_fp8(model: nn.Module, folder: str | os.PathLike, max_shard_bytes: int =
     Projections of attention, feed-forward and experts are quantised in 128 x 128 blocks with float32 scales; the
     rest is bfloat16, routing biases float32. Whole or not at all, and any older checkpoint in `folder` is replaced.
     """
-    from dsv3_mini.checkpoint import published_state, save_weights
+    from dsv3_mini.checkpoint import published_state, save_weights  # a later chapter's, so only on use
 
     stored = {}
     for name, tensor in published_state(model.state_dict()).items():
@@ -281,5 +285,4 @@ def save_fp8(model: nn.Module, folder: str | os.PathLike, max_shard_bytes: int =
         else:
             stored[name] = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
     save_weights(stored, folder, max_shard_bytes=max_shard_bytes)
-    fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-    model.config.replace(torch_dtype="bfloat16", quantization_config=fp8).save_pretrained(folder)
+    model.config.replace(torch_dtype="bfloat16", quantization_config=FP8).save_pretrained(folder)

@@ -337,6 +337,11 @@ def test_only_the_quantised_input_is_kept():
     assert sorted(t.itemsize * t[0].numel() for t in tokens) == [3 * 4, 96]
 
 
+def test_no_tokens_give_no_output_and_no_gradient():
+    y, dx, dw = products(FP8Linear(70, 50, 32), torch.zeros(0, 70), torch.zeros(0, 50))
+    assert y.shape == (0, 50) and dx.shape == (0, 70) and not dw.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_output_and_gradients_have_their_owners_dtypes(dtype):
     layer = FP8Linear(64, 48, 32).to(dtype)
