@@ -94,8 +94,8 @@ def matmul_limited(
     """
     if promote_every is not None and (promote_every < group or promote_every % group):
         raise ValueError(f"promote_every={promote_every} must be a multiple of group={group}, or None")
-    total = torch.zeros(a.shape[0], b.shape[0])
-    register = torch.zeros(a.shape[0], b.shape[0], 1, dtype=torch.float64)
+    total = torch.zeros(a.shape[0], b.shape[0], device=a.device)
+    register = torch.zeros(a.shape[0], b.shape[0], 1, dtype=torch.float64, device=a.device)
     for start in range(0, a.shape[1], group):
         part = slice(start, start + group)
         products = a[:, None, part].double() * b[None, :, part].double()  # (M, N, group)

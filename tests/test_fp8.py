@@ -1,5 +1,9 @@
 """FP8: formats from their bits, tiles and blocks, limited sums, the linear layer and the published layout."""
 
+import json
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -511,3 +515,11 @@ def test_variants_start_from_the_same_weights():
 def test_a_short_run_logs_every_loss():
     run = precision_run("fp8", seed=0, steps=3)
     assert len(run["losses"]) == run["steps"] == 3 and run["losses"][0] == pytest.approx(4.16, abs=0.05)
+
+
+def test_log_holds_every_variant_and_seed_of_this_model():
+    runs = json.loads((Path(__file__).parents[1] / "assets/runs/fp8.json").read_text())["runs"]
+    variants = ("fp32", "nudged", "bf16", "fp8")
+    assert [(run["seed"], run["variant"]) for run in runs] == list(product(range(3), variants))
+    config = json.loads(json.dumps(build_model("fp32", 0).config.to_dict()))
+    assert all(run["config"] == config and len(run["losses"]) == run["steps"] == 200 for run in runs)
