@@ -45,6 +45,7 @@ from dsv3_mini.data import (
     python_corpus,
     train_tokenizer,
 )
+from dsv3_mini.fp8_training import fp8_runs
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import Routing, moe_feed_forward, record_routing
 
@@ -229,6 +230,7 @@ EXPERIMENTS: dict[str, Callable] = {
     "attention": attention_runs,
     "balance": balance_runs,
     "gamma": gamma_runs,
+    "fp8": fp8_runs,
     "mtp": mtp_runs,
     "dense": dense_runs,
     "fim": fim_runs,

@@ -1,0 +1,288 @@
+"""FP8 as the report trains with it: a scale for each tile and block, three products a layer, the published layout.
+
+Generated from chapters/07_fp8.ipynb; edit the chapter, not this file.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dsv3_mini.config import FP8
+from dsv3_mini.moe import Experts, Routing
+from dsv3_mini.precision import largest_value, round_to_format
+
+# What does a scale rescue?
+
+
+def act_quant_reference(x: Tensor, tile: int = 128) -> tuple[Tensor, Tensor]:
+    """One tile after the other, without torch's float8: (N, K) -> E4M3 values, scales (N, K/tile), float32."""
+    q, scale = torch.empty(x.shape), torch.empty(len(x), -(-x.shape[1] // tile))
+    for row in range(len(x)):
+        for i, part in enumerate(x[row].float().split(tile)):
+            scale[row, i] = part.abs().max().clamp(min=1e-4) / 448
+            q[row, i * tile : i * tile + len(part)] = round_to_format(part / scale[row, i], 4, 3, infinity=False)
+    return q, scale
+
+
+def scale_for(amax: Tensor, scale_fmt: str | None, largest: float = 448.0) -> Tensor:
+    """The factor that maps `amax` onto the largest number of the format; "ue8m0": the next power of two above it."""
+    if scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"scale_fmt={scale_fmt!r}; choose None for float32 scales or 'ue8m0' for powers of two")
+    scale = amax / largest
+    if scale_fmt is None:
+        return scale
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, mantissa in [0.5, 1)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+
+
+def check_float(x: Tensor, tile: int, dims: int) -> None:
+    """Refuse what cannot be cut into tiles."""
+    if not x.is_floating_point() or x.dim() < dims or tile < 1:
+        raise ValueError(
+            f"{tuple(x.shape)} of {x.dtype} in tiles of {tile}: floats, {dims} dimensions, tile >= 1 needed"
+        )
+
+
+def act_quant(
+    x: Tensor, tile: int = 128, scale_fmt: str | None = None, number_format: str = "e4m3", min_amax: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """Quantise along the last dimension, a scale for each `tile` elements (report section 3.3.2).
+
+    x: (..., K) -> q (..., K) and scale (..., ceil(K/tile)) float32, x ~ q * scale; the last tile may be short.
+    scale_fmt: None or "ue8m0". number_format: "e4m3" gives float8_e4m3fn, "e5m6" float32 holding 12-bit values, for
+    which torch has no type. A tile's largest magnitude counts as `min_amax` at least, as in DeepSeek's kernel.
+    """
+    check_float(x, tile, 1)
+    if number_format not in ("e4m3", "e5m6"):
+        raise ValueError(f"number_format={number_format!r}; choose 'e4m3' or 'e5m6'")
+    largest = 448.0 if number_format == "e4m3" else largest_value(5, 6)
+    n = x.shape[-1]
+    tiles = F.pad(x.float(), (0, -n % tile)).unflatten(-1, (-(-n // tile), tile))
+    scale = scale_for(tiles.abs().amax(-1).clamp(min=min_amax), scale_fmt, largest)
+    q = (tiles / scale[..., None]).flatten(-2)[..., :n]
+    return (q.to(torch.float8_e4m3fn) if number_format == "e4m3" else round_to_format(q, 5, 6)), scale
+
+
+def act_dequant(q: Tensor, scale: Tensor, tile: int = 128) -> Tensor:
+    """q * scale for `act_quant`'s results: (..., K) float32."""
+    return q.float() * scale.repeat_interleave(tile, -1)[..., : q.shape[-1]]
+
+
+def weight_quant(w: Tensor, block: int = 128, scale_fmt: str | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise in square blocks: (..., M, N) -> float8_e4m3fn (..., M, N), scale (..., ceil(M/block), ceil(N/block)).
+
+    Blocks at the edges are filled up with zeros: 576 rows give 5 block rows. Leading dimensions: stacked experts.
+    """
+    check_float(w, block, 2)
+    m, n = w.shape[-2:]
+    padded = F.pad(w.float(), (0, -n % block, 0, -m % block))
+    blocks = padded.unflatten(-1, (-(-n // block), block)).unflatten(-3, (-(-m // block), block))
+    scale = scale_for(blocks.abs().amax((-3, -1)).clamp(min=1e-30), scale_fmt)
+    q = (blocks / scale[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
+    return q[..., :m, :n].to(torch.float8_e4m3fn), scale
+
+
+def weight_dequant(q: Tensor, scale: Tensor, block: int = 128, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q * scale for `weight_quant`'s results, and for the published `weight` and `weight_scale_inv`: (..., M, N)."""
+    m, n = q.shape[-2:]
+    expected = (*q.shape[:-2], -(-m // block), -(-n // block))
+    if scale.shape != expected:
+        raise ValueError(f"scales {tuple(scale.shape)} for {tuple(q.shape)} in blocks of {block}; {expected} needed")
+    spread = scale.repeat_interleave(block, -2).repeat_interleave(block, -1)
+    return (q.float() * spread[..., :m, :n]).to(dtype)
+
+
+# How many bits does a sum need?
+
+
+def fp8_gemm_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, tile: int = 128) -> Tensor:
+    """One element after the other: sum over K blocks of (a . b) a_scale b_scale, b scaled in blocks."""
+    out = torch.zeros(len(a), len(b))
+    for i in range(len(a)):
+        for j in range(len(b)):
+            for k in range(a_scale.shape[1]):
+                part = slice(k * tile, (k + 1) * tile)
+                partial = (a[i, part].double() * b[j, part].double()).sum()
+                out[i, j] += partial.float() * (a_scale[i, k] * b_scale[j // tile, k])
+    return out
+
+
+def rows_of_scales(name: str, q: Tensor, scale: Tensor, tile: int) -> Tensor:
+    """Scales with one row for each row of q, from 1 x tile scales or from tile x tile blocks; errors name shapes."""
+    n, k = len(q), -(-q.shape[1] // tile)
+    if q.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name} is {q.dtype}; float8_e4m3fn needed")
+    if scale.shape == (n, k):
+        return scale
+    if scale.shape == (-(-n // tile), k):
+        return scale.repeat_interleave(tile, 0)[:n]
+    wanted = f"({n}, {k}) for tiles or ({-(-n // tile)}, {k}) for blocks of {tile}"
+    raise ValueError(f"{name} {tuple(q.shape)} with scales {tuple(scale.shape)}; {wanted} needed")
+
+
+def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T with float32 sums."""
+    return a.float() @ b.float().T
+
+
+def fp8_gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    tile: int = 128,
+    multiply: Callable[[Tensor, Tensor], Tensor] = multiply_float32,
+) -> Tensor:
+    """C = A B^T of float8 operands, each partial sum of `tile` elements scaled when it is promoted to float32.
+
+    a: (M, K), b: (N, K); scales for 1 x tile tiles (rows, ceil(K/tile)) or for tile x tile blocks -> (M, N) float32.
+    multiply: how a partial product is added up; `matmul_limited` gives the tensor core's few bits.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)}: (M, K) and (N, K) with one K needed")
+    a_scale, b_scale = rows_of_scales("a", a, a_scale, tile), rows_of_scales("b", b, b_scale, tile)
+    out = torch.zeros(len(a), len(b), device=a.device)
+    for k in range(a_scale.shape[1]):
+        part = slice(k * tile, (k + 1) * tile)
+        out += multiply(a[:, part], b[:, part]) * (a_scale[:, k, None] * b_scale[None, :, k])
+    return out
+
+
+# Which products does a linear layer need?
+
+
+class FP8Matmul(torch.autograd.Function):
+    """y = x W^T in three FP8 products: Fprop, Dgrad, Wgrad (report figure 6). x: (N, in), W: (out, in).
+
+    Each product cuts its activations and gradients into 1 x tile tiles along its own inner dimension: in, out, N.
+    W is quantised once, in blocks, which serve both directions. What is kept for Wgrad is the quantised input.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, tile: int, scale_fmt: str | None, cache_format: str) -> Tensor:
+        kept = act_quant(x, tile, scale_fmt, cache_format)
+        q, scale = kept if cache_format == "e4m3" else act_quant(act_dequant(*kept, tile), tile, scale_fmt)
+        w, w_scale = weight_quant(weight, tile)
+        ctx.save_for_backward(*kept, w, w_scale)
+        ctx.tile, ctx.scale_fmt, ctx.x_dtype, ctx.w_dtype = tile, scale_fmt, x.dtype, weight.dtype
+        return fp8_gemm(q, scale, w, w_scale, tile).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, scale, w, w_scale = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            tiles = act_quant(grad, ctx.tile, ctx.scale_fmt, min_amax=1e-30)
+            dx = fp8_gemm(*tiles, w.T, w_scale.T, ctx.tile).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            columns = act_quant(grad.T, ctx.tile, ctx.scale_fmt, min_amax=1e-30)
+            inputs = act_quant(act_dequant(q, scale, ctx.tile).T, ctx.tile, ctx.scale_fmt)  # 1 x tile to tile x 1
+            dw = fp8_gemm(*columns, *inputs, ctx.tile).to(ctx.w_dtype)
+        return dx, dw, None, None, None
+
+
+class FP8Linear(nn.Linear):
+    """A linear layer without bias whose three products run in FP8; the weight itself stays in its own precision.
+
+    scale_fmt and cache_format: those of its input, "ue8m0" and "e5m6" before the output projection of attention.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tile: int = 128,
+        scale_fmt: str | None = None,
+        cache_format: str = "e4m3",
+    ):
+        super().__init__(in_features, out_features, bias=False)
+        self.tile, self.scale_fmt, self.cache_format = tile, scale_fmt, cache_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = FP8Matmul.apply(x.flatten(0, -2), self.weight, self.tile, self.scale_fmt, self.cache_format)
+        return y.unflatten(0, x.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tile={self.tile}, scale_fmt={self.scale_fmt}, cache_format={self.cache_format}"
+
+
+# What stays out of FP8?
+
+
+class FP8Experts(Experts):
+    """The routed experts of chapter 04 with every expert's products in FP8, one expert after the other.
+
+    Inputs, and the gradients that come back, have power-of-two scales, as the report asks of what is dispatched.
+    """
+
+    tile: int
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in routing.indices.unique().tolist():
+            token, slot = (routing.indices == i).nonzero(as_tuple=True)
+            gate, up = self.multiply(x[token], self.gate_up_proj[i]).chunk(2, dim=-1)
+            y = self.multiply(F.silu(gate) * up, self.down_proj[i])
+            out = out.index_add(0, token, (y * routing.weights[token, slot, None]).type_as(x))
+        return out
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return FP8Matmul.apply(x, weight, self.tile, "ue8m0", "e4m3")
+
+
+def runs_in_fp8(name: str) -> bool:
+    """Whether a linear layer of that name is one of V3's FP8 layers: all projections of attention and feed-forward."""
+    last = name.rpartition(".")[2]
+    return last.endswith(("_proj", "_proj_with_mqa")) and last != "eh_proj"
+
+
+def to_fp8(model: nn.Module, tile: int = 128) -> nn.Module:
+    """Switch a model to FP8 in place: its projections and routed experts; parameters and their names stay.
+
+    Embedding, head, gate, norms and the attention core are left as they are, and so is `eh_proj`, which the published
+    checkpoint holds in BF16. The input of `o_proj` is kept in E5M6 with power-of-two scales. Raises ValueError if
+    the model has no layer to switch, or if one has a bias.
+    """
+    found = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Experts)]
+    found = [(name, module) for name, module in found if type(module) is Experts or runs_in_fp8(name)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no projection or experts to switch to FP8")
+    if biased := [name for name, module in found if getattr(module, "bias", None) is not None]:
+        raise ValueError(f"{biased[0]} has a bias; FP8Linear has none")
+    for name, module in found:
+        if type(module) is Experts:
+            module.__class__, module.tile = FP8Experts, tile
+            continue
+        options = dict(scale_fmt="ue8m0", cache_format="e5m6") if name.endswith("o_proj") else {}
+        with torch.device("meta"):
+            layer = FP8Linear(module.in_features, module.out_features, tile, **options)
+        layer.weight = module.weight
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+    return model
+
+
+# How are FP8 weights stored?
+
+
+def save_fp8(model: nn.Module, folder: str | os.PathLike, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write the published FP8 layout: `X.weight` in E4M3 beside `X.weight_scale_inv`, the factor to multiply with.
+
+    Projections of attention, feed-forward and experts are quantised in 128 x 128 blocks with float32 scales; the
+    rest is bfloat16, routing biases float32. Whole or not at all, and any older checkpoint in `folder` is replaced.
+    """
+    from dsv3_mini.checkpoint import published_state, save_weights  # a later chapter's, so only on use
+
+    stored = {}
+    for name, tensor in published_state(model.state_dict()).items():
+        if name.endswith(".weight") and runs_in_fp8(name.removesuffix(".weight")):
+            stored[name], stored[f"{name}_scale_inv"] = weight_quant(tensor)
+        else:
+            stored[name] = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+    save_weights(stored, folder, max_shard_bytes=max_shard_bytes)
+    model.config.replace(torch_dtype="bfloat16", quantization_config=FP8).save_pretrained(folder)
