@@ -149,7 +149,7 @@ def bench(options: argparse.Namespace) -> None:
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
     parser.add_argument(
-        "name", help="attention, balance, gamma, mtp, dense, fim, gate, bias_speed, mini or training_speed"
+        "name", help="attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano or training_speed"
     )
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsv3_mini.config import FP8
 from dsv3_mini.moe import Experts, Routing
 from dsv3_mini.precision import largest_value, round_to_format
+from dsv3_mini.presets import FP8
 
 # What does a scale rescue?
 

@@ -143,3 +143,10 @@ def test_the_process_ends_with_code_2_and_no_traceback():
     command = [sys.executable, "-m", "dsv3_mini", "train", "--steps", "-1", "--out", "never-made"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2 and "Traceback" not in run.stderr and not (ROOT / "never-made").exists()
+
+
+def test_public_names_are_functions_and_classes_whatever_was_imported_first():
+    code = "import dsv3_mini.generate, dsv3_mini.schedule; from dsv3_mini import *; import dsv3_mini as d"
+    code += "; print(all(map(callable, (getattr(d, n) for n in d.__all__))), generate.__module__, callable(simulate))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "True dsv3_mini.generate True\n", run.stderr
