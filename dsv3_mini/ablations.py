@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from dsv3_mini.accounting import count_parameters, flops_per_token
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import bits_per_byte
-from dsv3_mini.dataset import prepare
-from dsv3_mini.evaluate import evaluate, gaps, infill_exact_match, next_token_accuracy, validation_loss
+from dsv3_mini.evaluate import gaps, infill_exact_match, next_token_accuracy, validation_loss
 from dsv3_mini.losses import training_losses
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.peer import time_in_turn, transformers_twin
