@@ -148,7 +148,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing, product: Callable = grouped_linear) -> Tensor:
         indices, n_experts = routing.indices, len(self.down_proj)
-        if x.is_cpu and 4 * indices.numel() <= n_experts:
+        if x.is_cpu and 0 < 4 * indices.numel() <= n_experts:
             return visit_experts(x, routing, self.gate_up_proj, self.down_proj)
         order, ends = sort_by_expert(indices, n_experts)
         rows = x.index_select(0, order // indices.shape[1])  # (N*K, D)
