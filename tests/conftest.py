@@ -2,6 +2,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
+
 OFFLINE = str(Path(__file__).parent / "offline")
 
 
@@ -13,6 +15,7 @@ def pytest_configure(config):
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    torch.set_num_threads(1)  # unit tests are small; chapters run in kernels of their own, with all cores
 
 
 def pytest_sessionfinish(session):
