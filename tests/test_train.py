@@ -255,9 +255,10 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(options, tmp_path):
     code = "import sys, json; from dsv3_mini.train import *; train({}, sys.argv[1], sys.argv[2] == 'resume', False)"
     code = code.format(f"TrainOptions(**{options.__dict__!r})")
     log, killed = tmp_path / "broken/log.jsonl", 0
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums in another order end in other last bits
     for wait_for in (5, 23):
         mode = "resume" if (tmp_path / "broken/resume.safetensors").exists() else "start"
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "broken"), mode])
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "broken"), mode], env=one_thread)
         while process.poll() is None and (not log.exists() or log.read_text().count("\n") < wait_for):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
