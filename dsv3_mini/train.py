@@ -142,8 +142,15 @@ def train_step(run: Run) -> dict[str, float]:
     violation = max(run.balancer.step(), default=0.0)
     run.step += 1
     run.average.update(run.step)
-    seconds, n_sequences = time.perf_counter() - started, first + settings.batch_size
-    entry = {"step": run.step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
+    return log_entry(run.step, options, losses, norm, violation, time.perf_counter() - started)
+
+
+def log_entry(
+    step: int, options: TrainOptions, losses: dict[str, Tensor], norm: Tensor, violation: float, seconds: float
+) -> dict[str, float]:
+    """The log line of a step that is done: losses, norm of the gradient before clipping, MaxVio of the worst layer."""
+    settings, n_sequences = settings_at(step - 1, options), sequences_before(step, options.steps, options.batch_size)
+    entry = {"step": step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
     entry |= {"learning_rate": float(f"{settings.learning_rate:.4g}"), "gradient_norm": round(norm.item(), 4)}
     entry |= {"max_violation": round(violation, 4), "tokens": n_sequences * options.seq_len}
     return entry | {"tokens_per_second": round(settings.batch_size * options.seq_len / seconds, 1)}

@@ -25,13 +25,17 @@ def watch_parent() -> None:
     os._exit(1)
 
 
+def use_loopback() -> None:
+    """Tell gloo to speak over the loopback interface only; to be called before a group is made."""
+    if loopback := next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None):
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+
+
 def join_group(rank: int, n_ranks: int, port: int, timeout: float) -> None:
     """Become one rank of a gloo group that speaks over the loopback interface only, with one thread."""
     threading.Thread(target=watch_parent, daemon=True).start()
     torch.set_num_threads(1)
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    use_loopback()
     limit = timedelta(seconds=timeout)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=limit)

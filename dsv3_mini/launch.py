@@ -1,0 +1,97 @@
+"""Joining the processes that torchrun started, and one message when one of them fails.
+
+Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from dsv3_mini.workers import use_loopback
+
+# And on several machines?
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on every rank; its ValueError or OSError is raised on every rank."""
+    told = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told = [make(), None]
+        except (ValueError, OSError) as error:
+            told = [None, error]
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        told[1].everywhere = True
+        raise told[1]
+    return told[0]
+
+
+@contextmanager
+def joined(device: str = "cpu", timeout: float = 600.0) -> Iterator[None]:
+    """Inside the `with`, this process is the rank that torchrun says; without torchrun, a group of its own.
+
+    gloo on CPU, over the loopback interface if all ranks are on this machine; NCCL on CUDA. If a rank fails, one rank
+    raises OSError that names it and the cause, the others end with exit code 2 and say nothing.
+    """
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        use_loopback()
+    launched = dist.is_torchelastic_launched()
+    store, rank, n_ranks = next(rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=limit)
+    store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
+    try:
+        yield
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        speak_once(error, store, rank, n_ranks)
+    dist.destroy_process_group()
+
+
+def speak_once(error: Exception, store: dist.Store, rank: int, n_ranks: int) -> NoReturn:
+    """Raise the one message of a failed run on the rank that failed first; end every other without a word."""
+    if n_ranks == 1:
+        raise error
+    cause = (
+        str(error) if getattr(error, "everywhere", False) else f"rank {rank} failed: {type(error).__name__}: {error}"
+    )
+    if isinstance(error, RuntimeError):  # most likely a neighbour is gone, and this only the consequence
+        deadline = time.monotonic() + 3.0
+        while (
+            time.monotonic() < deadline and not store.check(["failure"]) and (dead := dead_rank(store, n_ranks)) is None
+        ):
+            time.sleep(0.05)
+        if not store.check(["failure"]) and dead is not None:
+            cause = f"rank {dead} failed: its process ended without a word, as when it is killed or memory runs out"
+    if store.compare_set("failure", "", cause) != cause.encode():
+        raise SystemExit(2) from error
+    raise OSError(f"{cause}; all ranks were ended") from error
+
+
+def dead_rank(store: dist.Store, n_ranks: int) -> int | None:
+    """The first rank of this machine whose process is no more."""
+    for rank in range(n_ranks):
+        pid, host = store.get(f"process {rank}").decode().split()
+        if host == socket.gethostname() and not is_running(int(pid)):
+            return rank
+    return None
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
