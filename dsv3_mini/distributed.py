@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from dsv3_mini.data import bits_per_byte
 from dsv3_mini.grid import Member, assemble, deal, owned
-from dsv3_mini.launch import from_first
+from dsv3_mini.launch import from_first, raise_everywhere
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import Settings, TrainOptions, check_same_options, sequences_before, settings_at
 from dsv3_mini.resume import cut_log, stop_requests, unique_tensors
@@ -53,10 +53,11 @@ def distributed_step(member: Member) -> dict[str, float]:
     if not torch.isfinite(total):
         for stage in member.stages:
             stage.balancer.loads = None
-        raise FloatingPointError(
+        error = FloatingPointError(
             f"step {member.step + 1}: loss {losses['loss'].item()}, gradient norm {norm.item()}; the weights were left "
             f"as they were. A lower learning rate than {options.learning_rate:g} may help"
         )
+        raise_everywhere(error)
     for optimizer in member.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate
@@ -218,13 +219,13 @@ def train_together(
         if resume:
             document = read_document(folder / "checkpoints")
             return TrainOptions(**document["options"]), document
+        if options and options.recompute:
+            raise ValueError("recompute=True is for one process: a deferred weight gradient keeps what it would drop")
         if (folder / "log.jsonl").exists():
             raise ValueError(f"{out} already holds a run: pass --resume to continue it, or name another folder")
         return options or TrainOptions(), None
 
     stored, document = from_first(begin)
-    if stored.recompute:
-        raise ValueError("recompute=True is for one process: a deferred weight gradient keeps what it would drop")
 
     def make() -> Run:
         return restart(folder, options, document) if resume else start_run(stored, folder)

@@ -42,7 +42,8 @@ class Grid:
     """
 
     def __init__(self, config: ModelConfig, pipeline: int, experts: int, device: str = "cpu"):
-        check_fit(config, pipeline, experts, world := dist.get_world_size())
+        world = dist.get_world_size()
+        from_first(lambda: check_fit(config, pipeline, experts, world))
         ranks = torch.arange(world).view(pipeline, -1, experts)
         self.mesh = init_device_mesh(device, tuple(ranks.shape), mesh_dim_names=("pipeline", "data", "experts"))
         self.stage, data, expert = self.mesh.get_coordinate()

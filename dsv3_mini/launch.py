@@ -4,6 +4,7 @@ Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
 """
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +31,14 @@ def from_first(make: Callable[[], Any]) -> Any:
             told = [None, error]
     dist.broadcast_object_list(told)
     if told[1] is not None:
-        told[1].everywhere = True
-        raise told[1]
+        raise_everywhere(told[1])
     return told[0]
+
+
+def raise_everywhere(error: Exception) -> NoReturn:
+    """Raise what every rank raises, so that no single one is blamed."""
+    error.everywhere = True
+    raise error
 
 
 @contextmanager
@@ -46,23 +52,24 @@ def joined(device: str = "cpu", timeout: float = 600.0) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         use_loopback()
-    launched = dist.is_torchelastic_launched()
-    store, rank, n_ranks = next(rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
+    alone = not dist.is_torchelastic_launched()
+    store, rank, n_ranks = (dist.HashStore(), 0, 1) if alone else next(rendezvous("env://"))
+    backend, limit = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=limit)
     store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
     try:
         yield
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        speak_once(error, store, rank, n_ranks)
+        if n_ranks > 1:  # without taking leave of the others: they may be gone
+            speak_once(error, store, rank, n_ranks)
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 
 def speak_once(error: Exception, store: dist.Store, rank: int, n_ranks: int) -> NoReturn:
     """Raise the one message of a failed run on the rank that failed first; end every other without a word."""
-    if n_ranks == 1:
-        raise error
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as it sees the first process end
     cause = (
         str(error) if getattr(error, "everywhere", False) else f"rank {rank} failed: {type(error).__name__}: {error}"
     )

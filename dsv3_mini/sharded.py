@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dsv3_mini.checkpoint import write_json
-from dsv3_mini.launch import from_first
+from dsv3_mini.launch import from_first, raise_everywhere
 
 # And on several machines?
 
@@ -32,9 +32,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], documen
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         from_first(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise OSError(
-            f"{whole} could not be written by rank {rank} ({cause}); the one before it is untouched"
-        ) from error
+        raise_everywhere(OSError(f"{whole} could not be written by rank {rank} ({cause}); the one before it is whole"))
     from_first(lambda: finish_checkpoint(partial, whole, document()))
 
 

@@ -59,17 +59,20 @@ class Workers:
 
     with Workers(4) as workers: workers.run(function, arguments_of_each_rank). The function must live in a module that
     can be imported. If a rank fails, dies, or gives no answer within `timeout` seconds, all are ended and RuntimeError
-    names the rank and the cause. port: None takes a free one; OSError if the one asked for is in use.
+    names the rank and the cause. port: None takes a free one; OSError if the one asked for is in use. preload: what
+    the first Workers of a program import once for all processes that are forked later.
     """
 
-    def __init__(self, n_ranks: int, timeout: float = 60.0, port: int | None = None):
+    def __init__(
+        self, n_ranks: int, timeout: float = 60.0, port: int | None = None, preload: str = "dsv3_mini.dualpipe"
+    ):
         if n_ranks < 1:
             raise ValueError(f"n_ranks={n_ranks} must be 1 or more")
         self.timeout, self.processes, self.pipes = timeout, [], []
         self.store = open_store(port)
         context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
         if hasattr(os, "fork"):  # torch is imported once, in a server that every worker is forked from
-            context.set_forkserver_preload(["dsv3_mini.dualpipe"])
+            context.set_forkserver_preload([preload])
         for rank in range(n_ranks):
             ours, theirs = context.Pipe()
             arguments = (rank, n_ranks, self.store.port, timeout, theirs)
