@@ -42,7 +42,29 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) 
 def squared_norm(member: Member) -> Tensor:
     """This rank's part of the squared norm of the whole gradient: of tensors with copies, the first holder's counts."""
     mine = [p.grad for part, group in member.copies() if dist.get_rank(group) == 0 for p in part.values()]
-    return sum((grad.double().square().sum().cpu() for grad in mine), torch.zeros((), dtype=torch.float64))
+    device = member.options.device
+    return sum((grad.double().square().sum() for grad in mine), torch.zeros((), dtype=torch.float64, device=device))
+
+
+def distributed_gradient(member: Member, settings: Settings) -> tuple[dict[str, Tensor], Tensor]:
+    """The batch's losses and the norm of its gradient, which is summed over all copies and clipped by that norm."""
+    options, grid, pipeline = member.options, member.grid, member.pipeline
+    first = sequences_before(member.step, options.steps, options.batch_size)
+    windows = member.stream.take(first, settings.batch_size)
+    for stage in member.stages:
+        stage.begin(options, settings, pipeline.n_chunks)
+    for p in pipeline.parameters.values():
+        p.grad = None
+    pipeline.replay(deal(windows, pipeline.n_chunks, grid.n_shares, grid.share).to(options.device))
+    for parameters, group in member.copies():
+        sum_gradients(list(parameters.values()), group)
+    numbers = torch.stack([*sum(stage.parts for stage in member.stages), squared_norm(member)])
+    dist.all_reduce(numbers)
+    norm = numbers[3].sqrt()
+    grads = list(pipeline.parameters.values())
+    nn.utils.clip_grads_with_norm_(grads, options.clip or float("inf"), norm.float(), foreach=True)
+    used = {"loss": True, "mtp": options.mtp_weight > 0, "balance": options.alpha > 0}
+    return {name: value for (name, use), value in zip(used.items(), numbers, strict=False) if use}, norm
 
 
 def distributed_step(member: Member) -> dict[str, float]:
@@ -71,27 +93,6 @@ def distributed_step(member: Member) -> dict[str, float]:
     violation = torch.tensor(max(violations, default=0.0), dtype=torch.float64)
     dist.all_reduce(violation, dist.ReduceOp.MAX)
     return log_entry(member.step, options, losses, norm, violation.item(), time.perf_counter() - started)
-
-
-def distributed_gradient(member: Member, settings: Settings) -> tuple[dict[str, Tensor], Tensor]:
-    """The batch's losses and the norm of its gradient, which is summed over all copies and clipped by that norm."""
-    options, grid, pipeline = member.options, member.grid, member.pipeline
-    first = sequences_before(member.step, options.steps, options.batch_size)
-    windows = member.stream.take(first, settings.batch_size)
-    for stage in member.stages:
-        stage.begin(options, settings, pipeline.n_chunks)
-    for p in pipeline.parameters.values():
-        p.grad = None
-    pipeline.replay(deal(windows, pipeline.n_chunks, grid.n_shares, grid.share).to(options.device))
-    for parameters, group in member.copies():
-        sum_gradients(list(parameters.values()), group)
-    numbers = torch.stack([*sum(stage.parts for stage in member.stages), squared_norm(member)])
-    dist.all_reduce(numbers)
-    norm = numbers[3].sqrt()
-    grads = list(pipeline.parameters.values())
-    nn.utils.clip_grads_with_norm_(grads, options.clip or float("inf"), norm.float(), foreach=True)
-    used = {"loss": True, "mtp": options.mtp_weight > 0, "balance": options.alpha > 0}
-    return {name: value for (name, use), value in zip(used.items(), numbers, strict=False) if use}, norm
 
 
 @torch.no_grad()
@@ -200,6 +201,29 @@ def continue_together(member: Member, progress: bool = True) -> None:
             save_member(member)
 
 
+def publish_together(member: Member, dtype: torch.dtype | None = None) -> None:
+    """On rank 0: the whole model from the last checkpoint, in the published layout."""
+    model = DeepSeekV3(member.run.model.config)
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in unique_tensors(model).items()}
+    load_tensors(member.out / "checkpoints", tensors, alone=True)
+    member.run.model = model
+    publish(member.run, dtype)
+
+
+def holdings(member: Member) -> dict:
+    """What this rank holds: its place, its layers, and bytes of weights, of its own moments, of all moments it uses."""
+    stages = [[*stage.layer_idx, *stage.mtp_idx] for stage in member.pipeline.stages]
+    weights = sum(p.nbytes for p in member.pipeline.parameters.values())
+    moments = sum(2 * p.nbytes for optimizer in member.optimizers for p in owned(optimizer))
+    place = dict(zip(member.grid.mesh.mesh_dim_names, member.grid.mesh.get_coordinate(), strict=True))
+    return {**place, "layers": stages, "weights": weights, "moments": moments, "unsharded": 2 * weights}
+
+
+def run_rank(*arguments, **options) -> dict:
+    """What each process does for the chapter: train, then say what it holds."""
+    return holdings(train_together(*arguments, **options))
+
+
 def train_together(
     options: TrainOptions | None,
     out: str | os.PathLike,
@@ -236,26 +260,3 @@ def train_together(
     continue_together(member, progress)
     from_first(lambda: publish_together(member, save_dtype))
     return member
-
-
-def publish_together(member: Member, dtype: torch.dtype | None = None) -> None:
-    """On rank 0: the whole model from the last checkpoint, in the published layout."""
-    model = DeepSeekV3(member.run.model.config)
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in unique_tensors(model).items()}
-    load_tensors(member.out / "checkpoints", tensors, alone=True)
-    member.run.model = model
-    publish(member.run, dtype)
-
-
-def holdings(member: Member) -> dict:
-    """What this rank holds: its place, its layers, and bytes of weights, of its own moments, of all moments it uses."""
-    stages = [[*stage.layer_idx, *stage.mtp_idx] for stage in member.pipeline.stages]
-    weights = sum(p.nbytes for p in member.pipeline.parameters.values())
-    moments = sum(2 * p.nbytes for optimizer in member.optimizers for p in owned(optimizer))
-    place = dict(zip(member.grid.mesh.mesh_dim_names, member.grid.mesh.get_coordinate(), strict=True))
-    return {**place, "layers": stages, "weights": weights, "moments": moments, "unsharded": 2 * weights}
-
-
-def run_rank(*arguments, **options) -> dict:
-    """What each process does for the chapter: train, then say what it holds."""
-    return holdings(train_together(*arguments, **options))

@@ -85,7 +85,7 @@ class TrainingStage(Stage):
         """Before a step: a sequence weighs 1 / batch in the loss, and the pipeline averages over its micro-batches."""
         self.mtp_weight, self.n_chunks = settings.mtp_weight, n_chunks
         self.weight, self.dtype = 1 / settings.batch_size, getattr(torch, options.dtype)
-        self.parts = torch.zeros(3, dtype=torch.float64)
+        self.parts = torch.zeros(3, dtype=torch.float64, device=options.device)
 
     def forward(self, x: Tensor | None, windows: Tensor) -> Tensor:
         self.real = windows[:, 0] >= 0
@@ -105,17 +105,17 @@ class TrainingStage(Stage):
             h = layer.shared_head.norm(layer(h[:, : given.shape[1]], given, self.rope(0, given.shape[1])))
             depths.append(head_loss(h[real], self.lm_head, label[real], self.dtype) * scale)
         mtp = torch.stack(depths).mean() if depths else torch.zeros_like(loss)
-        self.parts[:2] += torch.stack((loss, mtp)).detach().cpu()
+        self.parts[:2] += torch.stack((loss, mtp)).detach()
         return (loss + self.mtp_weight * mtp) * self.n_chunks
 
     def balance_loss(self, n_sequences: int) -> Tensor | None:
         """That of the real sequences, weighed like their other losses."""
         n_real = int(self.real.sum())
-        mean = super().balance_loss(max(n_real, 1))
-        if mean is None or not n_real:
+        mean = super().balance_loss(n_real) if n_real else None
+        if mean is None:
             return None
         loss = mean * n_real * self.weight
-        self.parts[2] += loss.item() / self.alpha
+        self.parts[2] += loss.detach() / self.alpha
         return loss * self.n_chunks
 
 
@@ -158,14 +158,17 @@ class Member:
     valid: Tensor
     bytes_per_token: float
     pipeline: Pipeline
-    dense: dict[str, nn.Parameter] = field(default_factory=dict)
-    routed: dict[str, nn.Parameter] = field(default_factory=dict)
-    optimizers: list[ZeroRedundancyOptimizer] = field(default_factory=list)
     step: int = 0
+    stages: list[TrainingStage] = field(init=False)
+    dense: dict[str, nn.Parameter] = field(init=False)
+    routed: dict[str, nn.Parameter] = field(init=False)
+    optimizers: list[ZeroRedundancyOptimizer] = field(init=False)
+    average: WeightAverage = field(init=False)
 
     def __post_init__(self):
-        for name, parameter in sorted(self.pipeline.parameters.items()):  # the same order on all ranks
-            (self.routed if ".experts." in name else self.dense)[name] = parameter
+        named = sorted(self.pipeline.parameters.items())
+        self.dense = {name: p for name, p in named if ".experts." not in name}
+        self.routed = {name: p for name, p in named if ".experts." in name}
         self.optimizers = [shard_moments(part, self.options, group) for part, group in self.copies()]
         self.stages = sorted(self.pipeline.stages, key=lambda stage: stage.layer_idx.start)
         for stage in self.stages:

@@ -59,12 +59,16 @@ class Workers:
 
     with Workers(4) as workers: workers.run(function, arguments_of_each_rank). The function must live in a module that
     can be imported. If a rank fails, dies, or gives no answer within `timeout` seconds, all are ended and RuntimeError
-    names the rank and the cause. port: None takes a free one; OSError if the one asked for is in use. preload: what
-    the first Workers of a program import once for all processes that are forked later.
+    names the rank and the cause. port: None takes a free one; OSError if the one asked for is in use. preload:
+    modules that the first Workers of a program import once for all processes that are forked later.
     """
 
     def __init__(
-        self, n_ranks: int, timeout: float = 60.0, port: int | None = None, preload: str = "dsv3_mini.dualpipe"
+        self,
+        n_ranks: int,
+        timeout: float = 60.0,
+        port: int | None = None,
+        preload: Sequence[str] = ("dsv3_mini.dualpipe",),
     ):
         if n_ranks < 1:
             raise ValueError(f"n_ranks={n_ranks} must be 1 or more")
@@ -72,7 +76,7 @@ class Workers:
         self.store = open_store(port)
         context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
         if hasattr(os, "fork"):  # torch is imported once, in a server that every worker is forked from
-            context.set_forkserver_preload([preload])
+            context.set_forkserver_preload(list(preload))
         for rank in range(n_ranks):
             ours, theirs = context.Pipe()
             arguments = (rank, n_ranks, self.store.port, timeout, theirs)
