@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.expert_parallel import count_copies, distinct_nodes, expert_parallel_reference, run_rank
-from dsv3_mini.moe import MoE, group_limited_topk
+from dsv3_mini.journeys import in_turns, time_journeys
+from dsv3_mini.mla import MLA
+from dsv3_mini.moe import MoE, group_limited_topk, moe_feed_forward
 from dsv3_mini.workers import Workers
 
 TOLERANCE = {torch.float64: dict(rtol=1e-12, atol=1e-12), torch.float32: dict(rtol=1e-4, atol=1e-5)}
@@ -82,6 +85,30 @@ def test_copies_sent_over_two_levels_are_the_copies_counted(groups):
     home = torch.arange(4).repeat_interleave(torch.tensor(sizes))
     counted = count_copies(moe.gate(torch.cat(xs)).indices, home, 8, 2, 4)
     assert (slow, fast) == tuple(int(copies.sum()) for copies in counted) and slow <= sum(sizes)
+
+
+def stretches(name, count, log):
+    for i in range(count):
+        log.append(f"{name}{i}")
+        yield
+    return name
+
+
+def test_journeys_take_turns_and_keep_their_order():
+    log = []
+    assert in_turns([stretches("a", 3, log), stretches("b", 1, log), stretches("c", 2, log)]) == ["a", "b", "c"]
+    assert log == ["a0", "b0", "c0", "a1", "c1", "a2"]
+
+
+def test_micro_batches_in_turns_give_the_hidden_states_of_the_whole_model(groups):
+    torch.manual_seed(0)
+    config = ModelConfig.preset("nano", num_hidden_layers=3, hidden_size=20, initializer_range=0.2, vocab_size=50)
+    model = LanguageModel(config, MLA, moe_feed_forward).double()
+    parts = [torch.randint(50, (n, 7)) for n in (4, 2)]
+    answers = groups[2].run(time_journeys, [(model, part, 1) for part in parts])
+    for (h, seconds), part in zip(answers, parts, strict=True):
+        torch.testing.assert_close(h, model.model(part), rtol=1e-10, atol=1e-12)
+        assert len(seconds) == 1 and min(seconds[0]) > 0
 
 
 def test_experts_that_do_not_spread_evenly_are_refused(groups):
