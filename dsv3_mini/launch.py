@@ -73,25 +73,22 @@ def speak_once(error: Exception, store: dist.Store, rank: int, n_ranks: int) -> 
     cause = (
         str(error) if getattr(error, "everywhere", False) else f"rank {rank} failed: {type(error).__name__}: {error}"
     )
-    if isinstance(error, RuntimeError):  # most likely a neighbour is gone, and this only the consequence
-        deadline = time.monotonic() + 3.0
-        while (
-            time.monotonic() < deadline and not store.check(["failure"]) and (dead := dead_rank(store, n_ranks)) is None
-        ):
-            time.sleep(0.05)
-        if not store.check(["failure"]) and dead is not None:
-            cause = f"rank {dead} failed: its process ended without a word, as when it is killed or memory runs out"
+    if isinstance(error, RuntimeError) and (dead := dead_rank(store, n_ranks)) is not None:  # this is what follows
+        cause = f"rank {dead} failed: its process ended without a word, as when it is killed or memory runs out"
     if store.compare_set("failure", "", cause) != cause.encode():
         raise SystemExit(2) from error
     raise OSError(f"{cause}; all ranks were ended") from error
 
 
-def dead_rank(store: dist.Store, n_ranks: int) -> int | None:
-    """The first rank of this machine whose process is no more."""
-    for rank in range(n_ranks):
-        pid, host = store.get(f"process {rank}").decode().split()
-        if host == socket.gethostname() and not is_running(int(pid)):
-            return rank
+def dead_rank(store: dist.Store, n_ranks: int, patience: float = 3.0) -> int | None:
+    """A rank of this machine whose process is gone; None if another has said what failed, or after some seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and not store.check(["failure"]):
+        for rank in range(n_ranks):
+            pid, host = store.get(f"process {rank}").decode().split()
+            if host == socket.gethostname() and not is_running(int(pid)):
+                return rank
+        time.sleep(0.05)
     return None
 
 
