@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dsv3_mini.__main__ import main
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.distributed import run_rank, train_together
 from dsv3_mini.grid import assemble, check_fit, deal
+from dsv3_mini.launch import joined
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import TrainOptions, sequences_before, settings_at
 from dsv3_mini.sharded import last_checkpoint
@@ -136,6 +138,13 @@ def test_losses_and_clipped_gradients_are_those_of_one_process(
             torch.testing.assert_close(gradient, part, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_bfloat16_products_send_tokens_and_answers_too(groups, options, reference, tmp_path):
+    ranks = groups[2].run(gradient_on_rank, [(replace(options, dtype="bfloat16"), tmp_path, 1, 2)] * 2)
+    for name, value in ranks[0][2].items():
+        assert value.item() == pytest.approx(reference[0][name].item(), rel=0.01)
+    assert ranks[0][2]["loss"] != reference[0]["loss"] and all(g.dtype == torch.float32 for g in ranks[0][4].values())
+
+
 @pytest.fixture(scope="module")
 def gradients(groups, options, tmp_path_factory):
     return groups[4].run(gradient_on_rank, [(options, tmp_path_factory.mktemp("gradient"), 2, 2)] * 4)
@@ -194,6 +203,38 @@ def test_a_run_moves_from_four_processes_to_two_and_to_one(groups, options, one,
     assert groups[2].run(train_and_signal, [(None, tmp_path, 1, 2, True, 9)] * 2) == ["stopped"] * 2
     assert main(["train", "--out", str(tmp_path), "--resume"]) == 0 and "bits/byte" in capsys.readouterr().out
     check_equal(tmp_path, one)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_survives(options, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with joined():
+        member = assemble(options.config(), lambda: start_run(options, tmp_path), tmp_path, 1, 1, "cpu")
+        module.save_member(member)
+        member.step = 3
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(
+                OSError, match="step-00000003 could not be written by rank 0 .*the one before it is whole"
+            ):
+                module.save_member(member)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000000"]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(options, tmp_path):
+    with joined():
+        member = assemble(options.config(), lambda: start_run(options, tmp_path), tmp_path, 1, 1, "cpu")
+        module.distributed_step(member)
+        member.stages[0].model.norm.weight.data[0] = float("inf")
+        before = {name: tensor.clone() for name, tensor in member.stages[0].state_dict().items()}
+        with pytest.raises(FloatingPointError, match="step 2: loss nan"):
+            module.distributed_step(member)
+    assert member.step == 1 and member.stages[0].balancer.loads is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in member.stages[0].state_dict().items())
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
