@@ -23,9 +23,9 @@ from dsv3_mini.grid import Member, assemble, deal, owned
 from dsv3_mini.launch import from_first, raise_everywhere
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import Settings, TrainOptions, check_same_options, sequences_before, settings_at
-from dsv3_mini.resume import cut_log, stop_requests, unique_tensors
+from dsv3_mini.resume import cut_log, log_entry, stop_requests, unique_tensors
 from dsv3_mini.sharded import load_tensors, read_document, save_checkpoint
-from dsv3_mini.train import Run, log_entry, publish, start_run
+from dsv3_mini.train import Run, publish, start_run
 
 # And on several machines?
 

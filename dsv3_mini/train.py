@@ -27,7 +27,7 @@ from dsv3_mini.losses import training_losses
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import Settings, TrainOptions, check_same_options, sequences_before, settings_at
 from dsv3_mini.recompute import recompute_activations
-from dsv3_mini.resume import Snapshot, cut_log, read_log, stop_requests, unique_tensors, write_whole
+from dsv3_mini.resume import Snapshot, cut_log, log_entry, read_log, stop_requests, unique_tensors, write_whole
 
 # What does a run consist of?
 
@@ -143,17 +143,6 @@ def train_step(run: Run) -> dict[str, float]:
     run.step += 1
     run.average.update(run.step)
     return log_entry(run.step, options, losses, norm, violation, time.perf_counter() - started)
-
-
-def log_entry(
-    step: int, options: TrainOptions, losses: dict[str, Tensor], norm: Tensor, violation: float, seconds: float
-) -> dict[str, float]:
-    """The log line of a step that is done: losses, norm of the gradient before clipping, MaxVio of the worst layer."""
-    settings, n_sequences = settings_at(step - 1, options), sequences_before(step, options.steps, options.batch_size)
-    entry = {"step": step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
-    entry |= {"learning_rate": float(f"{settings.learning_rate:.4g}"), "gradient_norm": round(norm.item(), 4)}
-    entry |= {"max_violation": round(violation, 4), "tokens": n_sequences * options.seq_len}
-    return entry | {"tokens_per_second": round(settings.batch_size * options.seq_len / seconds, 1)}
 
 
 def validate(run: Run) -> dict[str, float]:
