@@ -341,6 +341,25 @@ def test_only_the_quantised_input_is_kept():
     assert sorted(t.itemsize * t[0].numel() for t in tokens) == [3 * 4, 96]
 
 
+def test_one_argument_replaces_all_three_products():
+    shapes = []
+
+    def gemm(a, a_scale, b, b_scale, tile):
+        shapes.append((a.shape, a_scale.shape, b.shape, b_scale.shape))
+        return 2 * fp8_gemm(a, a_scale, b, b_scale, tile)
+
+    layers = [FP8Linear(70, 50, 32), FP8Linear(70, 50, 32, gemm=gemm)]
+    layers[1].weight = layers[0].weight
+    plain, doubled = (products(layer, draw(45, 70), draw(45, 50, seed=1)) for layer in layers)
+    assert all(torch.equal(2 * p, d) for p, d in zip(plain, doubled, strict=True))
+    fprop, inner_out, inner_tokens = (
+        ((45, 70), (45, 3), (50, 70), (2, 3)),
+        ((45, 50), (45, 2), (70, 50), (3, 2)),
+        ((50, 45), (50, 2), (70, 45), (70, 2)),
+    )
+    assert shapes == [fprop, inner_out, inner_tokens]
+
+
 def test_no_tokens_give_no_output_and_no_gradient():
     y, dx, dw = products(FP8Linear(70, 50, 32), torch.zeros(0, 70), torch.zeros(0, 50))
     assert y.shape == (0, 50) and dx.shape == (0, 70) and not dw.any()
