@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from dsv3_mini.layers import SwiGLU
 from dsv3_mini.moe import Experts, Routing
 from dsv3_mini.precision import check_float, largest_value, multiply_float32, round_to_format, rows_of_scales, scale_for
-from dsv3_mini.presets import FP8
 
 # What does a scale rescue?
 
@@ -288,24 +287,3 @@ def to_fp8(model: nn.Module, tile: int = 128, gemm: Callable = fp8_gemm) -> nn.M
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     return model
-
-
-# How are FP8 weights stored?
-
-
-def save_fp8(model: nn.Module, folder, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write the published FP8 layout: `X.weight` in E4M3 beside `X.weight_scale_inv`, the factor to multiply with.
-
-    Projections of attention, feed-forward and experts are quantised in 128 x 128 blocks with float32 scales; the
-    rest is bfloat16, routing biases float32. Whole or not at all, and any older checkpoint in `folder` is replaced.
-    """
-    from dsv3_mini.checkpoint import published_state, save_weights  # a later chapter's, so only on use
-
-    stored = {}
-    for name, tensor in published_state(model.state_dict()).items():
-        if name.endswith(".weight") and runs_in_fp8(name.removesuffix(".weight")):
-            stored[name], stored[f"{name}_scale_inv"] = weight_quant(tensor)
-        else:
-            stored[name] = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
-    save_weights(stored, folder, max_shard_bytes=max_shard_bytes)
-    model.config.replace(torch_dtype="bfloat16", quantization_config=FP8).save_pretrained(folder)

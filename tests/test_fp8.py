@@ -8,10 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import nn
 
-from dsv3_mini.checkpoint import Reader
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.fp8 import (
     FP8Experts,
@@ -21,8 +19,6 @@ from dsv3_mini.fp8 import (
     act_quant_reference,
     fp8_gemm,
     fp8_gemm_reference,
-    runs_in_fp8,
-    save_fp8,
     to_fp8,
     weight_dequant,
     weight_quant,
@@ -430,67 +426,6 @@ def test_switched_model_is_near_the_plain_one():
     with torch.no_grad():
         exact = plain(ids)
         assert 0.005 < relative(to_fp8(plain, 64)(ids), exact) < 0.2
-
-
-# The published layout
-
-
-def test_written_scales_multiply_and_the_rest_is_bfloat16(tmp_path):
-    model = nano(hidden_size=136)
-    save_fp8(model, tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    opened = DeepSeekV3.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
-    for name in (n for n in stored if not n.endswith("_scale_inv")):
-        fp8 = f"{name}_scale_inv" in stored
-        assert fp8 == runs_in_fp8(name.removesuffix(".weight")) == (stored[name].dtype == torch.float8_e4m3fn)
-        if fp8 and "experts." not in name:
-            assert torch.equal(opened[name], weight_dequant(stored[name], stored[f"{name}_scale_inv"]))
-            assert relative(opened[name], model.state_dict()[name]) < 0.03
-    assert stored["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
-    assert stored["model.layers.2.eh_proj.weight"].dtype == stored["lm_head.weight"].dtype == torch.bfloat16
-
-
-def test_experts_are_stored_one_by_one_with_scales(tmp_path):
-    model = nano()
-    save_fp8(model, tmp_path, max_shard_bytes=200_000)
-    reader, stacked = Reader(tmp_path), model.model.layers[1].mlp.experts.down_proj
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert relative(reader.read("model.layers.1.mlp.experts.3.down_proj.weight", torch.float32), stacked[3]) < 0.03
-
-
-def test_written_again_loses_nothing(tmp_path):
-    save_fp8(nano(), tmp_path / "once")
-    first = DeepSeekV3.from_pretrained(tmp_path / "once", dtype=torch.float32)
-    save_fp8(to_fp8(first), tmp_path / "twice")
-    second = DeepSeekV3.from_pretrained(tmp_path / "twice", dtype=torch.float32)
-    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-6, atol=0), name
-
-
-def test_transformers_agrees_on_dequantised_weights(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    save_fp8(nano(hidden_size=136), tmp_path / "fp8")
-    opened = DeepSeekV3.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
-    opened.save_pretrained(tmp_path / "plain")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    ids = torch.arange(50).view(2, 25)
-    with torch.no_grad():
-        assert relative(opened(ids), theirs(ids).logits) < 1e-4
-
-
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model = nano()
-    save_fp8(model, tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("dsv3_mini.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_fp8(model, tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob("*.partial"))
 
 
 # Training
