@@ -1,4 +1,4 @@
-"""FP8 as the report trains with it: a scale for each tile and block, three products a layer, the published layout.
+"""FP8 as the report trains with it: a scale for each tile and block, three products a layer, one switch for a model.
 
 Generated from chapters/07_fp8.ipynb; edit the chapter, not this file.
 """
@@ -184,9 +184,6 @@ class FP8Linear(nn.Linear):
         return f"{super().extra_repr()}, tile={self.tile}, scale_fmt={self.scale_fmt}, cache_format={self.cache_format}"
 
 
-# What stays out of FP8?
-
-
 def swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
     """silu(gate) * up, and the gate weights of routed tokens where given: (N, F), (N, F), (N, 1) -> (N, F)."""
     h = F.silu(gate) * up
@@ -220,6 +217,9 @@ class FP8FeedForward(torch.autograd.Function):
         dx = dgrad(dgate, *blocks[:2], *ctx.options) + dgrad(dup, *blocks[2:4], *ctx.options)
         dw = (wgrad(g, t, *ctx.options).to(ctx.dtypes[1]) for g, t in ((dgate, x), (dup, x), (grad, h.detach())))
         return dx.to(ctx.dtypes[0]), *(dweights or [None]), *dw, None, None, None
+
+
+# What stays out of FP8?
 
 
 class FP8SwiGLU(SwiGLU):

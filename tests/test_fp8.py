@@ -13,17 +13,22 @@ from torch import nn
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.fp8 import (
     FP8Experts,
+    FP8FeedForward,
     FP8Linear,
+    FP8Matmul,
+    FP8SwiGLU,
     act_dequant,
     act_quant,
     act_quant_reference,
     fp8_gemm,
     fp8_gemm_reference,
+    swiglu,
     to_fp8,
     weight_dequant,
     weight_quant,
 )
 from dsv3_mini.fp8_training import AdamW16, build_model, precision_run
+from dsv3_mini.layers import SwiGLU
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.moe import MoE, experts_reference, record_routing
 from dsv3_mini.precision import decode, dot_limited_reference, largest_value, matmul_limited, round_to_format
@@ -368,6 +373,65 @@ def test_output_and_gradients_have_their_owners_dtypes(dtype):
     assert y.shape == (2, 5, 48) and {y.dtype, dx.dtype, dw.dtype} == {dtype}
 
 
+# The feed-forward layer
+
+
+def feed_forward_inputs(n=77, weighted=True):
+    """x, gate weights of routed tokens or None, and the three matrices, of odd sizes."""
+    weights = draw(n, 1, seed=9).abs() if weighted else None
+    tensors = draw(n, 70), weights, 0.2 * draw(48, 70, seed=1), 0.2 * draw(48, 70, seed=2), 0.2 * draw(70, 48, seed=3)
+    return [t if t is None else t.requires_grad_() for t in tensors]
+
+
+def by_layers(x, weights, gate, up, down):
+    """The same from three FP8Matmul, which keep everything."""
+    parts = (FP8Matmul.apply(x, w, 32, None, "e4m3") for w in (gate, up))
+    return FP8Matmul.apply(swiglu(*parts, weights), down, 32, None, "e4m3")
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_recomputed_swiglu_is_three_layers_forward_and_near_them_backward(weighted):
+    inputs, dy = feed_forward_inputs(weighted=weighted), draw(77, 70, seed=4)
+    leaves = [t for t in inputs if t is not None]
+    found, plain = FP8FeedForward.apply(*inputs, 32, None, fp8_gemm), by_layers(*inputs)
+    assert torch.equal(found, plain)
+    exact = inputs[1:2] + inputs[2:]
+    h = swiglu(inputs[0] @ exact[1].T, inputs[0] @ exact[2].T, inputs[1])
+    true = torch.autograd.grad(h @ inputs[4].T, leaves, dy)
+    pairs = zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(plain, leaves, dy), true, strict=True)
+    for recomputed, kept, t in pairs:
+        assert 0 < relative(recomputed, kept) < 0.07 and relative(recomputed, t) < 1.25 * relative(kept, t)
+
+
+def test_no_output_of_swiglu_is_kept():
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        FP8FeedForward.apply(*feed_forward_inputs(), 32, None, fp8_gemm)
+    tokens = [t for t in seen if 77 in t.shape[:2]]
+    shapes = {(*t.shape, t.dtype.itemsize) for t in tokens}
+    assert shapes == {(77, 70, 1), (77, 3, 4), (2, 77, 48, 1), (2, 77, 2, 4), (77, 1, 4)}
+
+
+def test_gate_and_up_are_kept_in_tiles_of_their_own():
+    """A tile that ran over from gate to up would take one scale for both."""
+    x, _, gate, up, down = feed_forward_inputs(weighted=False)
+    grads = []
+    for factor in (1.0, 1e6):
+        y = FP8FeedForward.apply(x, None, gate, factor * up, down / factor, 32, None, fp8_gemm)
+        grads.append(torch.autograd.grad(y.sum(), gate)[0])
+    assert relative(grads[1], grads[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_feed_forward_gives_each_its_own_dtype(dtype):
+    layer = to_fp8(SwiGLU(64, 48), 32).to(dtype)
+    assert type(layer) is FP8SwiGLU
+    x = draw(2, 5, 64).to(dtype).requires_grad_()
+    y = layer(x)
+    grads = torch.autograd.grad(y.sum(), (x, *layer.parameters()))
+    assert y.shape == x.shape and {y.dtype, *(g.dtype for g in grads)} == {dtype}
+
+
 # The model
 
 
@@ -411,6 +475,38 @@ def test_fp8_experts_follow_the_routing_of_the_loop():
     assert relative(experts(x, routings[0]), plain) < 0.12
     exact = experts_reference(x, routings[0], experts.gate_up_proj, experts.down_proj)
     assert relative(experts(x, routings[0]), exact) == pytest.approx(relative(experts(x, routings[0]), plain), rel=1e-3)
+
+
+def test_fp8_experts_equal_each_expert_alone():
+    """Sorted blocks, those of experts without tokens left out, against one expert after the other."""
+    torch.manual_seed(0)
+    moe = MoE(ModelConfig.preset("nano", initializer_range=0.2, n_shared_experts=0))
+    x, experts = draw(5, 128), to_fp8(moe, 32).experts
+    routing, out = moe.gate(x), torch.zeros(5, 128)
+    for token in range(5):
+        for i, g in zip(routing.indices[token].tolist(), routing.weights[token], strict=True):
+            gate, up = experts.gate_up_proj[i].chunk(2)
+            options = experts.down_proj[i], 32, "ue8m0", fp8_gemm
+            out[token] += FP8FeedForward.apply(x[token, None], g.view(1, 1), gate, up, *options)[0]
+    torch.testing.assert_close(experts(x, routing), out, rtol=1e-5, atol=1e-6)
+    assert len(routing.indices.unique()) < 16
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1])
+def test_experts_without_tokens_get_gradient_zero(n_tokens):
+    moe = to_fp8(MoE(ModelConfig.preset("nano", initializer_range=0.2)), 32)
+    moe(draw(n_tokens, 128)).sum().backward()
+    busy = moe.experts.down_proj.grad.flatten(1).any(1).sum()
+    assert busy == 4 * n_tokens and moe.experts.gate_up_proj.grad.shape == (16, 128, 128)
+
+
+def test_one_argument_replaces_the_products_of_a_model():
+    calls = []
+    model = to_fp8(nano(num_nextn_predict_layers=0), 64, gemm=lambda *a: calls.append(a) or fp8_gemm(*a))
+    model(torch.arange(60).view(2, 30)).square().mean().backward()
+    experts = sum((m.down_proj.grad.flatten(1).any(1)).sum().item() for m in model.modules() if type(m) is FP8Experts)
+    attention, feed_forward = 2 * 5 * 3, 3 + 3 + 3  # fprop, dgrad and wgrad of each product
+    assert len(calls) == attention + feed_forward * (2 + experts)  # one dense layer, one shared expert
 
 
 def test_switched_model_trains_every_parameter():
