@@ -245,7 +245,8 @@ def unpack_fp8(payload: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """What `pack_fp8` wrote, dequantised to `dtype`, the one that was packed: bytes (M, *) -> (M, width + K)."""
     scales = width + -(-width // 128)
     q, scale = payload[:, :width].view(torch.float8_e4m3fn), payload[:, width:scales].view(torch.float8_e8m0fnu)
-    rest = payload[:, scales:].clone().view(dtype)  # a view of another width must start on its own boundary
+    rest = payload.new_empty(len(payload), (payload.shape[1] - scales) // dtype.itemsize, dtype=dtype)
+    rest.view(torch.uint8).copy_(payload[:, scales:])  # copied: a view as wider numbers would have to be aligned
     return torch.cat([act_dequant(q, scale.float()).to(dtype), rest], dim=1)
 
 
