@@ -238,7 +238,7 @@ class FP8Experts(Experts):
     """The routed experts of chapter 04 in FP8, one expert after the other; sorting and summing are inherited.
 
     All their tiles have power-of-two scales, as the report asks of what is dispatched: inputs, and the gradients that
-    come back.
+    come back. The `product` that chapter 04 hands on is here `gemm`.
     """
 
     tile: int

@@ -477,13 +477,14 @@ def test_fp8_experts_follow_the_routing_of_the_loop():
     assert relative(experts(x, routings[0]), exact) == pytest.approx(relative(experts(x, routings[0]), plain), rel=1e-3)
 
 
-def test_fp8_experts_equal_each_expert_alone():
+@pytest.mark.parametrize("n_tokens", [5, 1])
+def test_fp8_experts_equal_each_expert_alone(n_tokens):
     """Sorted blocks, those of experts without tokens left out, against one expert after the other."""
     torch.manual_seed(0)
     moe = MoE(ModelConfig.preset("nano", initializer_range=0.2, n_shared_experts=0))
-    x, experts = draw(5, 128), to_fp8(moe, 32).experts
-    routing, out = moe.gate(x), torch.zeros(5, 128)
-    for token in range(5):
+    x, experts = draw(n_tokens, 128), to_fp8(moe, 32).experts
+    routing, out = moe.gate(x), torch.zeros(n_tokens, 128)
+    for token in range(n_tokens):
         for i, g in zip(routing.indices[token].tolist(), routing.weights[token], strict=True):
             gate, up = experts.gate_up_proj[i].chunk(2)
             options = experts.down_proj[i], 32, "ue8m0", fp8_gemm
