@@ -85,7 +85,7 @@ def launch(
     tensors (CPU: interpreter, GPU: compiled). Raises ValueError where they lie on several devices, or on the CPU with
     interpret=False.
     """
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    tensors = [tensor for arg in args if isinstance(tensor := getattr(arg, "base", arg), Tensor)]
     places = {f"{tuple(tensor.shape)} on {tensor.device}": tensor.device for tensor in tensors}
     if len(set(places.values())) != 1:
         raise ValueError(f"{kernel.__name__} needs all its tensors on one device: {', '.join(places)}")
