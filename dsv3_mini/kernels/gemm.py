@@ -25,6 +25,11 @@ class Tiling(NamedTuple):
         return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+def default_tiling(b_rows: int) -> Tiling:
+    """Scales for each row and column of C (Wgrad) take registers, so that form makes half as much of C at a time."""
+    return Tiling() if b_rows > 1 else Tiling(block_m=64, num_warps=4)
+
+
 @triton.jit
 def fp8_gemm_kernel(
     a, a_scale, b, b_scale, c, m, n, k, stride_am, stride_ak, stride_bn, stride_bk,
@@ -53,7 +58,7 @@ def fp8_gemm(
     b_scale: Tensor,
     tile: int = 128,
     dtype: torch.dtype = torch.float32,
-    tiling: Tiling = Tiling(),  # noqa: B008
+    tiling: Tiling | None = None,
     interpret: bool | None = None,
 ) -> Tensor:
     """`fp8.fp8_gemm` as a kernel, C = A B^T: a (M, K), b (N, K) float8_e4m3fn -> (M, N) of `dtype`.
@@ -66,8 +71,9 @@ def fp8_gemm(
     check_operand("b", b, (None, a.shape[1]))
     (m, k), n, n_tiles = a.shape, len(b), -(-a.shape[1] // tile)
     expect("a_scale", a_scale, (m, n_tiles), torch.float32)
-    b_rows = 1 if b_scale.shape == (n, n_tiles) else tile
+    b_rows = 1 if b_scale.shape == (n, n_tiles) and n > 1 else tile
     expect("b_scale", b_scale, (-(-n // b_rows), n_tiles), torch.float32)
+    tiling = tiling or default_tiling(b_rows)
     if 0 in (m, n, k):
         return torch.zeros(m, n, dtype=dtype, device=a.device)
     c = torch.empty(m, n, dtype=dtype, device=a.device)
@@ -95,19 +101,12 @@ def check_operand(
 
 def compile_cases() -> dict[str, Case]:
     """Both forms, with bfloat16 results for activations and their gradients, float32 for those of weights."""
-    t = Tiling()
     sizes = {"m": "i32", "n": "i32:16", "k": "i32:16", "stride_am": "i32", "stride_bn": "i32"}
-    blocks = {"a": f"tensordesc<fp8e4nv[{t.block_m}, 128]>", "b": f"tensordesc<fp8e4nv[{t.block_n}, 128]>"}
-    scales = {"a_scale": "*fp32:16", "b_scale": "*fp32:16"}
-    meta = {"stride_ak": 1, "stride_bk": 1, "TILE": 128, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n}
-    forms = {"fp8_gemm": ("*bf16:16", 128), "fp8_gemm_wgrad": ("*fp32:16", 1)}
-    return {
-        name: Case(
-            fp8_gemm_kernel,
-            {**blocks, **scales, "c": kind, **sizes},
-            {**meta, "B_ROWS": rows},
-            t.num_warps,
-            t.num_stages,
-        )
-        for name, (kind, rows) in forms.items()
-    }
+    cases = {}
+    for name, b_rows, result in (("fp8_gemm", 128, "*bf16:16"), ("fp8_gemm_wgrad", 1, "*fp32:16")):
+        m, n, warps, stages = default_tiling(b_rows)
+        tensors = {"a": f"tensordesc<fp8e4nv[{m}, 128]>", "b": f"tensordesc<fp8e4nv[{n}, 128]>", "c": result}
+        tensors |= {"a_scale": "*fp32:16", "b_scale": "*fp32:16"}
+        meta = {"stride_ak": 1, "stride_bk": 1, "TILE": 128, "B_ROWS": b_rows, "BLOCK_M": m, "BLOCK_N": n}
+        cases[name] = Case(fp8_gemm_kernel, tensors | sizes, meta, warps, stages)
+    return cases
