@@ -60,20 +60,18 @@ def interpreting() -> Iterator[None]:
     """
     builder, function = interpreter.interpreter_builder, triton.runtime.jit.JITFunction
     stock, refuse = type(builder), function.__call__
-
-    def call(self, *args, **kwargs):
-        scope = interpreter._patch_lang(self.fn)
-        try:
-            return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
-        finally:
-            scope.restore()
-
-    builder.__class__, function.__call__ = MendedBuilder, call
+    scopes = [interpreter._patch_lang(user) for user in (triton.language.standard.cdiv.fn, float_types)]  # core and tl
+    builder.__class__ = MendedBuilder
+    function.__call__ = lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn).rewrite()(
+        *args, **kwargs
+    )
     try:
         with np.errstate(all="ignore"):  # a GPU does not warn of an overflow either
             yield
     finally:
         builder.__class__, function.__call__ = stock, refuse
+        for scope in reversed(scopes):
+            scope.restore()
 
 
 def launch(
