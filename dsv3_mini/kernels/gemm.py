@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3_mini.kernels.ahead import Case
-from dsv3_mini.kernels.interpreter import expect, launch, tl, triton
+from dsv3_mini.kernels.interpreter import expect, in_blocks, launch, tl, triton
 from dsv3_mini.kernels.quantise import check_tile
 
 
@@ -78,8 +77,8 @@ def fp8_gemm(
         return torch.zeros(m, n, dtype=dtype, device=a.device)
     c = torch.empty(m, n, dtype=dtype, device=a.device)
     grid = (-(-m // tiling.block_m), -(-n // tiling.block_n))
-    a_blocks = TensorDescriptor.from_tensor(a, [tiling.block_m, tile])
-    b_blocks = TensorDescriptor.from_tensor(b, [tiling.block_n, tile])
+    a_blocks = in_blocks(a, tiling.block_m, tile)
+    b_blocks = in_blocks(b, tiling.block_n, tile)
     numbers = (m, n, k, *a_scale.stride(), *b_scale.stride())
     meta = dict(TILE=tile, B_ROWS=b_rows, interpret=interpret, **tiling.options())
     launch(fp8_gemm_kernel, grid, a_blocks, a_scale, b_blocks, b_scale, c, *numbers, **meta)

@@ -50,7 +50,7 @@ def act_quant(
     check_tile(tile, scale_fmt)
     if not x.is_floating_point() or x.dim() < 1:
         raise ValueError(f"x is {tuple(x.shape)} of {x.dtype}; floats of one dimension or more needed")
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     (m, k), n_tiles = rows.shape, -(-x.shape[-1] // tile)
     q = empty_rows((m, k), x.device)
     scale = torch.empty(m, n_tiles, device=x.device)
@@ -89,7 +89,7 @@ def weight_quant(
     check_tile(block, scale_fmt)
     if not w.is_floating_point() or w.dim() < 2:
         raise ValueError(f"w is {tuple(w.shape)} of {w.dtype}; floats of two dimensions or more needed")
-    stack = w.reshape(-1, *w.shape[-2:]) if w.dim() != 3 else w
+    stack = w[None] if w.dim() == 2 else w.flatten(0, -3)
     e, m, n = stack.shape
     grid = (-(-m // block), -(-n // block), e)
     q, scale = empty_rows(stack.shape, w.device), torch.empty(e, *grid[:2], device=w.device)
@@ -125,7 +125,7 @@ def weight_dequant(
             f"q is {tuple(q.shape)} {q.dtype}, strides {q.stride()}; float8_e4m3fn, rows contiguous, needed"
         )
     m, n = q.shape[-2:]
-    stack = q.reshape(-1, m, n) if q.dim() != 3 else q
+    stack = q[None] if q.dim() == 2 else q.flatten(0, -3)
     n_blocks = (-(-m // block), -(-n // block))
     expect("scale", scale, (*q.shape[:-2], *n_blocks), torch.float32)
     w = torch.empty(q.shape, dtype=dtype, device=q.device)
