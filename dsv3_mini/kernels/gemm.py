@@ -1,4 +1,7 @@
-"""The FP8 product of the report as a kernel: E4M3 tensor cores, partial sums scaled while they are promoted."""
+"""The FP8 product of the report as a kernel: E4M3 tensor cores, partial sums scaled while they are promoted.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 from typing import NamedTuple
 
@@ -8,6 +11,8 @@ from torch import Tensor
 from dsv3_mini.kernels.ahead import Case
 from dsv3_mini.kernels.interpreter import expect, in_blocks, launch, tl, triton
 from dsv3_mini.kernels.quantise import check_tile
+
+# Where do the scales go in a product?
 
 
 class Tiling(NamedTuple):
@@ -96,6 +101,9 @@ def check_operand(
             f"{name} {tuple(x.shape)} has strides {x.stride()}: the last dimension must be contiguous and the others a "
             f"multiple of {16 // x.element_size()}; pad K to that, or take what act_quant and weight_quant return"
         )
+
+
+# What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:

@@ -1,4 +1,7 @@
-"""Many experts, one launch: products over contiguous segments of unequal length, in bfloat16 and in FP8."""
+"""Many experts, one launch: products over contiguous segments of unequal length, in bfloat16 and in FP8.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,8 @@ from dsv3_mini.kernels.ahead import Case
 from dsv3_mini.kernels.gemm import Tiling, check_operand
 from dsv3_mini.kernels.interpreter import expect, in_blocks, launch, tl, triton
 from dsv3_mini.kernels.quantise import check_tile
+
+# How do 256 experts fit in one launch?
 
 
 @triton.jit
@@ -139,6 +144,9 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, interpret: bool | No
     if torch.is_autocast_enabled(device):
         x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
     return GroupedLinear.apply(x, weight, ends, interpret)
+
+
+# What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:

@@ -1,4 +1,7 @@
-"""Run a Triton kernel where its tensors are: compiled on a GPU, block by block in Triton's interpreter on a CPU."""
+"""Run a Triton kernel where its tensors are: compiled on a GPU, block by block in Triton's interpreter on a CPU.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import platform
 from collections.abc import Iterator
@@ -7,6 +10,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
+
+# What is a kernel, and who runs it here?
+
 
 try:
     import triton

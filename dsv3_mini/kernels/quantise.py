@@ -1,10 +1,15 @@
-"""Quantise on the GPU: one pass over the data, and bit for bit what chapter 07 computes."""
+"""Quantise on the GPU: one pass over the data, and bit for bit what chapter 07 computes.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import torch
 from torch import Tensor
 
 from dsv3_mini.kernels.ahead import Case
 from dsv3_mini.kernels.interpreter import expect, launch, tl, triton
+
+# How is a tensor quantised in one pass?
 
 
 @triton.jit
@@ -58,6 +63,18 @@ def act_quant(
     grid, strides = (-(-m // meta["ROWS"]), n_tiles), (*rows.stride(), q.stride(0))
     launch(act_quant_kernel, grid, rows, q, scale, m, k, *strides, min_amax, interpret=interpret, **meta)
     return q.view(*x.shape[:-1], k), scale.view(*x.shape[:-1], n_tiles)
+
+
+def empty_rows(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Room for E4M3 numbers with the rows of the last dimension 16 bytes aligned, as TMA asks for."""
+    width = -(-shape[-1] // 16) * 16
+    return torch.empty(*shape[:-1], width, dtype=torch.float8_e4m3fn, device=device)[..., : shape[-1]]
+
+
+def check_tile(tile: int, scale_fmt: str | None) -> None:
+    """Kernels cut memory into powers of two, and tensor cores take 32 E4M3 numbers at a time."""
+    if tile not in (32, 64, 128) or scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"{tile=}, {scale_fmt=}; a kernel needs a tile of 32, 64 or 128, and None or 'ue8m0'")
 
 
 @triton.jit
@@ -134,16 +151,7 @@ def weight_dequant(
     return w
 
 
-def empty_rows(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Room for E4M3 numbers with the rows of the last dimension 16 bytes aligned, as TMA asks for."""
-    width = -(-shape[-1] // 16) * 16
-    return torch.empty(*shape[:-1], width, dtype=torch.float8_e4m3fn, device=device)[..., : shape[-1]]
-
-
-def check_tile(tile: int, scale_fmt: str | None) -> None:
-    """Kernels cut memory into powers of two, and tensor cores take 32 E4M3 numbers at a time."""
-    if tile not in (32, 64, 128) or scale_fmt not in (None, "ue8m0"):
-        raise ValueError(f"{tile=}, {scale_fmt=}; a kernel needs a tile of 32, 64 or 128, and None or 'ue8m0'")
+# What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:
