@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +17,7 @@ from dsv3_mini.kernels.activation import swiglu_quant
 from dsv3_mini.kernels.gemm import Tiling, fp8_gemm
 from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_gemm, grouped_linear
 from dsv3_mini.kernels.interpreter import interpreter, launch, tl, triton
-from dsv3_mini.kernels.layers import KernelExperts, KernelFP8Experts, KernelLinear, turned, use_kernels
+from dsv3_mini.kernels.layers import KernelExperts, KernelFP8Experts, KernelLinear, KernelSwiGLU, turned, use_kernels
 from dsv3_mini.kernels.quantise import act_quant, weight_dequant, weight_quant
 from dsv3_mini.precision import round_to_format
 
@@ -248,13 +247,11 @@ def test_empty_tensors_pass():
 
 
 @pytest.mark.parametrize("n, f, tile, fmt", [(1, 32, 32, None), (19, 200, 128, "ue8m0"), (33, 72, 64, None)])
-def test_swiglu_and_quantisation_in_one_pass(n, f, tile, fmt):
-    gate_up = draw(n, 2 * f, spread=1).bfloat16()
-    gate, up = gate_up.float().chunk(2, -1)
-    (q, scale), (expected, expected_scale) = (
-        swiglu_quant(gate_up, tile, fmt),
-        fp8.act_quant(F.silu(gate) * up, tile, fmt),
-    )
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu_and_quantisation_in_one_pass(n, f, tile, fmt, weighted):
+    gate_up, weights = draw(n, 2 * f, spread=1).bfloat16(), torch.rand(n, 1) if weighted else None
+    expected, expected_scale = fp8.act_quant(fp8.swiglu(*gate_up.float().chunk(2, -1), weights), tile, fmt)
+    q, scale = swiglu_quant(gate_up, weights, tile, fmt)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     assert (q.float() != expected.float()).float().mean() < 0.01  # where exp differs in its last bit, at a tie
     assert relative(fp8.act_dequant(q, scale, tile), fp8.act_dequant(expected, expected_scale, tile)) < 1e-3
@@ -348,7 +345,7 @@ def test_fp8_experts_with_kernels_equal_the_twin():
     layer, x, grad = fp8.to_fp8(small_moe(), 32), draw(5, 64).requires_grad_(), draw(5, 64)
     expected = gradients(layer, x, grad)
     ours = gradients(use_kernels(layer, interpret=True), x, grad)
-    assert type(layer.experts) is KernelFP8Experts
+    assert type(layer.experts) is KernelFP8Experts and type(layer.shared_experts) is KernelSwiGLU
     assert max(map(relative, ours[:2] + ours[-5:], expected[:2] + expected[-5:])) < 1e-5
 
 
@@ -389,6 +386,8 @@ ENDS = torch.zeros(2, dtype=torch.int32)
         (lambda: weight_quant(torch.ones(4)), r"w is \(4,\) of torch.float32; floats of two"),
         (lambda: weight_dequant(B, SB, 128), r"scale is \(1, 2\) .*; \(1, 1\) of float32 needed"),
         (lambda: weight_dequant(B.float(), SB, 32), r"q is \(6, 64\) torch.float32"),
+        (lambda: swiglu_quant(torch.ones(4, 8), torch.ones(4)), r"weights are \(4,\); one a row, \(4, 1\)"),
+        (lambda: use_kernels(fp8.to_fp8(small_moe(), 64)), r"experts: width 32 is no multiple of tile=64"),
         (lambda: swiglu_quant(torch.ones(4, 7)), r"gate_up is \(4, 7\).* \(N, 2F\)"),
         (lambda: swiglu_quant(torch.ones(8, 4).T), r"gate_up \(4, 8\) has strides \(1, 4\)"),
         (lambda: fp8_gemm(A.float(), SA, B, SB, 32), r"a is \(4, 64\) of torch.float32; .* float8_e4m3fn needed"),
