@@ -1,8 +1,13 @@
-"""Triton kernels of chapters 15 and 16, and `compile_for`, which makes machine code of all of them without a GPU."""
+"""Triton kernels of chapters 15 and 16, and `compile_for`, which makes machine code of all of them without a GPU.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
+
+# What will the GPU execute?
 
 
 def offers(name: str) -> list[Callable]:

@@ -1,4 +1,7 @@
-"""SwiGLU and quantisation in one pass: the activation between an expert's two products never visits memory."""
+"""SwiGLU and quantisation in one pass: the activation between an expert's two products never visits memory.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import torch
 from torch import Tensor
@@ -6,6 +9,8 @@ from torch import Tensor
 from dsv3_mini.kernels.ahead import Case
 from dsv3_mini.kernels.interpreter import launch, tl, triton
 from dsv3_mini.kernels.quantise import check_tile, empty_rows, scale_of
+
+# What does fusing save?
 
 
 @triton.jit
@@ -49,6 +54,9 @@ def swiglu_quant(
     meta = dict(TILE=tile, ROWS=16, POWER_OF_TWO=scale_fmt == "ue8m0", interpret=interpret)
     launch(swiglu_quant_kernel, (-(-n // meta["ROWS"]), scale.shape[1]), gate_up, q, scale, *numbers, **meta)
     return q, scale
+
+
+# What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:

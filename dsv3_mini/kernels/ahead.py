@@ -1,4 +1,7 @@
-"""Compile Triton kernels for a GPU that is not there, and read what the compiler says of them."""
+"""Compile Triton kernels for a GPU that is not there, and read what the compiler says of them.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import re
 import subprocess
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsv3_mini.kernels.interpreter import interpreter, triton
+
+# What will the GPU execute?
 
 
 class Case(NamedTuple):

@@ -1,5 +1,6 @@
 """Time kernels on a GPU against the best library call at hand, in turn and after a check of their results."""
 
+import json
 import platform
 import re
 import statistics
@@ -40,7 +41,10 @@ def relative_error(result: object, expected: object) -> float:
 
 
 def device_clock(function: Callable[[], object], flush: Tensor | None = None) -> float:
-    """Milliseconds of one call between two events on the device, its cache emptied before."""
+    """Milliseconds of one call between two events on the device.
+
+    Writing `flush` before empties the device's cache, and keeps it busy while the CPU enqueues what is timed.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if flush is not None:
         flush.zero_()
@@ -109,7 +113,7 @@ def benchmark(out: Path | None = None, show: Callable[[str], object] = print, on
         raise ValueError(f"{only=} measures a part and would replace the whole; name another file to write")
     if capability < (9, 0):
         raise ValueError(f"{name} has compute capability {capability}; the FP8 kernels need (9, 0), Hopper, or later")
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    flush = torch.empty(2**30, dtype=torch.uint8, device=device)
     results = []
     for contest in all_contests(device):
         if only in contest.kernel:
@@ -120,6 +124,12 @@ def benchmark(out: Path | None = None, show: Callable[[str], object] = print, on
     document = {"gpu": name, "capability": list(capability), "versions": versions(), "rounds": rounds}
     write_json(out, document | {"results": results})
     return out
+
+
+def read_benchmarks(folder: Path) -> dict[str, dict]:
+    """What was measured so far, by GPU; empty where nothing was."""
+    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return {document["gpu"]: document for document in documents}
 
 
 def all_contests(device: torch.device) -> Iterator[Contest]:

@@ -19,20 +19,23 @@ from dsv3_mini.kernels.quantise import act_quant, weight_dequant, weight_quant
 def contests(device: torch.device) -> Iterator[Contest]:
     """Every kernel of the chapter on 4096 tokens."""
     for preset in ("v3", "mini"):
-        config = ModelConfig.preset(preset)
-        yield from quantising(config, preset, device)
-        for m, n, k in products(config):
-            yield from gemms(f"{preset} {m} x {n} x {k}", m, n, k, device)
-        yield from grouped(config, preset, device)
+        yield from contests_of(ModelConfig.preset(preset), preset, 4096, device)
 
 
-def products(config: ModelConfig) -> list[tuple[int, int, int]]:
-    """(M, N, K) of the projections: down to the latents, up to the heads, output, feed-forward."""
+def contests_of(config: ModelConfig, name: str, n_tokens: int, device: torch.device) -> Iterator[Contest]:
+    """The sizes of one model."""
+    yield from quantising(config, name, n_tokens, device)
+    for n, k in products(config):
+        yield from gemms(name, n_tokens, n, k, device)
+    yield from grouped(config, name, n_tokens, device)
+
+
+def products(config: ModelConfig) -> list[tuple[int, int]]:
+    """(N, K) of the projections: down to the latents, up to the heads, output, feed-forward."""
     heads, d, f = config.num_attention_heads, config.hidden_size, config.intermediate_size
     latents = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
     queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    sizes = [(latents, d), (queries, config.q_lora_rank), (d, heads * config.v_head_dim), (2 * f, d), (d, f)]
-    return [(4096, n, k) for n, k in sizes]
+    return [(latents, d), (queries, config.q_lora_rank), (d, heads * config.v_head_dim), (2 * f, d), (d, f)]
 
 
 def tilings(first: Tiling) -> list[Tiling]:
@@ -52,12 +55,12 @@ def variants(run, first: Tiling) -> dict:
     return {"x".join(map(str, tiling)): partial(run, tiling=tiling) for tiling in tilings(first)}
 
 
-def quantising(config: ModelConfig, preset: str, device: torch.device) -> Iterator[Contest]:
+def quantising(config: ModelConfig, model: str, n_tokens: int, device: torch.device) -> Iterator[Contest]:
     """Bound by memory: the rival is a copy of as many bytes."""
     d, f = config.hidden_size, config.moe_intermediate_size
-    x = torch.randn(4096, d, device=device, dtype=torch.bfloat16)
+    x = torch.randn(n_tokens, d, device=device, dtype=torch.bfloat16)
     w = torch.randn(config.intermediate_size, d, device=device, dtype=torch.bfloat16)
-    gate_up = torch.randn(4096 * config.num_experts_per_tok, 2 * f, device=device, dtype=torch.bfloat16)
+    gate_up = torch.randn(n_tokens * config.num_experts_per_tok, 2 * f, device=device, dtype=torch.bfloat16)
     q, scale = fp8.weight_quant(w)
     for fmt in (None, "ue8m0"):
         n_bytes = x.numel() * (2 + 1 + 4 / 128)
@@ -65,8 +68,8 @@ def quantising(config: ModelConfig, preset: str, device: torch.device) -> Iterat
         peers = {"copy": copying(n_bytes, device), "torch": partial(fp8.act_quant, x, scale_fmt=fmt)}
         expected = partial(fp8.act_quant, x, scale_fmt=fmt)
         name = "act_quant_ue8m0" if fmt else "act_quant"
-        yield Contest(name, f"{preset} 4096 x {d}", ours, peers, expected, 0.0, n_bytes)
-    shape, n_bytes = f"{preset} {len(w)} x {d}", w.numel() * 3
+        yield Contest(name, f"{model} {n_tokens} x {d}", ours, peers, expected, 0.0, n_bytes)
+    shape, n_bytes = f"{model} {len(w)} x {d}", w.numel() * 3
     copy = {"copy": copying(n_bytes, device)}
     yield Contest("weight_quant", shape, {"taught": partial(weight_quant, w)}, copy, lambda: (q, scale), 0.0, n_bytes)
     dequantise = partial(fp8.weight_dequant, q, scale, dtype=torch.bfloat16)
@@ -81,7 +84,7 @@ def quantising(config: ModelConfig, preset: str, device: torch.device) -> Iterat
 
     ours, peers = {"taught": partial(swiglu_quant, gate_up, scale_fmt="ue8m0")}, {"copy": copying(n_bytes, device)}
     yield Contest(
-        "swiglu_quant", f"{preset} {len(gate_up)} x {f}", ours, {**peers, "torch": unfused}, unfused, 1e-3, n_bytes
+        "swiglu_quant", f"{model} {len(gate_up)} x {f}", ours, {**peers, "torch": unfused}, unfused, 1e-3, n_bytes
     )
 
 
@@ -98,11 +101,11 @@ def library_fp8(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor):
     return partial(F.scaled_mm, a, b.T, turned[0], tiles, turned[1], blocks, output_dtype=torch.bfloat16)
 
 
-def gemms(shape: str, m: int, n: int, k: int, device: torch.device) -> Iterator[Contest]:
+def gemms(model: str, m: int, n: int, k: int, device: torch.device) -> Iterator[Contest]:
     """Both forms, against torch's bfloat16 product and its block-scaled FP8."""
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
     w = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-    a, blocks, tiles = act_quant(x), weight_quant(w), act_quant(w)
+    shape, (a, blocks, tiles) = f"{model} {m} x {n} x {k}", (act_quant(x), weight_quant(w), act_quant(w))
     peers = {"bf16 matmul": partial(torch.mm, x, w.T), "library fp8": library_fp8(*a, *blocks)}
     for name, b, b_rows in (("fp8_gemm", blocks, 128), ("fp8_gemm_wgrad", tiles, 1)):
         ours = variants(partial(fp8_gemm, *a, *b, dtype=torch.bfloat16), default_tiling(b_rows))
@@ -111,10 +114,10 @@ def gemms(shape: str, m: int, n: int, k: int, device: torch.device) -> Iterator[
         yield Contest(name, shape, ours, rivals, partial(fp8.fp8_gemm, *a, *b), 5e-3, n_bytes, 2 * m * n * k)
 
 
-def grouped(config: ModelConfig, preset: str, device: torch.device) -> Iterator[Contest]:
-    """4096 tokens on one rank's share of the experts, at most 32 of them, loaded unequally."""
+def grouped(config: ModelConfig, model: str, n_tokens: int, device: torch.device) -> Iterator[Contest]:
+    """One rank's share of the experts, at most 32 of them, loaded unequally, and one of them not at all."""
     e, d, f = min(32, config.n_routed_experts), config.hidden_size, config.moe_intermediate_size
-    m = 4096 * config.num_experts_per_tok * e // config.n_routed_experts
+    m = n_tokens * config.num_experts_per_tok * e // config.n_routed_experts
     load = torch.rand(e, generator=torch.Generator().manual_seed(0)).pow(2)
     load[1] = 0
     ends = (load.cumsum(0) / load.sum() * m).round().to(device, torch.int32)
@@ -122,7 +125,7 @@ def grouped(config: ModelConfig, preset: str, device: torch.device) -> Iterator[
         x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         w = torch.randn(e, n, k, device=device, dtype=torch.bfloat16)
         peer = {"bf16 grouped_mm": partial(F.grouped_mm, x, w.transpose(1, 2), offs=ends)}
-        shape, flops = f"{preset} {e} experts {m} x {n} x {k}", 2 * m * n * k
+        shape, flops = f"{model} {e} experts {m} x {n} x {k}", 2 * m * n * k
         ours = variants(partial(grouped_gemm, x, w, ends), Tiling())
         n_bytes = 2 * (m * k + e * n * k + m * n)
         yield Contest("grouped_gemm", shape, ours, peer, peer["bf16 grouped_mm"], 1e-2, n_bytes, flops)

@@ -1,14 +1,18 @@
-"""The FP8 product of the report as a kernel: E4M3 tensor cores, partial sums scaled while they are promoted."""
+"""The FP8 product of the report as a kernel: E4M3 tensor cores, partial sums scaled while they are promoted.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3_mini.kernels.ahead import Case
-from dsv3_mini.kernels.interpreter import expect, launch, tl, triton
+from dsv3_mini.kernels.interpreter import expect, in_blocks, launch, tl, triton
 from dsv3_mini.kernels.quantise import check_tile
+
+# Where do the scales go in a product?
 
 
 class Tiling(NamedTuple):
@@ -78,8 +82,8 @@ def fp8_gemm(
         return torch.zeros(m, n, dtype=dtype, device=a.device)
     c = torch.empty(m, n, dtype=dtype, device=a.device)
     grid = (-(-m // tiling.block_m), -(-n // tiling.block_n))
-    a_blocks = TensorDescriptor.from_tensor(a, [tiling.block_m, tile])
-    b_blocks = TensorDescriptor.from_tensor(b, [tiling.block_n, tile])
+    a_blocks = in_blocks(a, tiling.block_m, tile)
+    b_blocks = in_blocks(b, tiling.block_n, tile)
     numbers = (m, n, k, *a_scale.stride(), *b_scale.stride())
     meta = dict(TILE=tile, B_ROWS=b_rows, interpret=interpret, **tiling.options())
     launch(fp8_gemm_kernel, grid, a_blocks, a_scale, b_blocks, b_scale, c, *numbers, **meta)
@@ -97,6 +101,9 @@ def check_operand(
             f"{name} {tuple(x.shape)} has strides {x.stride()}: the last dimension must be contiguous and the others a "
             f"multiple of {16 // x.element_size()}; pad K to that, or take what act_quant and weight_quant return"
         )
+
+
+# What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:

@@ -1,15 +1,19 @@
-"""Many experts, one launch: products over contiguous segments of unequal length, in bfloat16 and in FP8."""
+"""Many experts, one launch: products over contiguous segments of unequal length, in bfloat16 and in FP8.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3_mini.kernels.ahead import Case
 from dsv3_mini.kernels.gemm import Tiling, check_operand
-from dsv3_mini.kernels.interpreter import expect, launch, tl, triton
+from dsv3_mini.kernels.interpreter import expect, in_blocks, launch, tl, triton
 from dsv3_mini.kernels.quantise import check_tile
+
+# How do 256 experts fit in one launch?
 
 
 @triton.jit
@@ -63,8 +67,8 @@ def run_grouped(a, a_scale, b, b_scale, ends, dtype, tile, k_first, tiling, inte
     c = torch.empty(m, n, dtype=dtype, device=a.device)
     if 0 in (m, n, k, groups):
         return c.zero_()
-    a_blocks = TensorDescriptor.from_tensor(a, [tiling.block_m, tile])
-    b_blocks = TensorDescriptor.from_tensor(b, [1, tile, tiling.block_n] if k_first else [1, tiling.block_n, tile])
+    a_blocks = in_blocks(a, tiling.block_m, tile)
+    b_blocks = in_blocks(b, *((1, tile, tiling.block_n) if k_first else (1, tiling.block_n, tile)))
     strides = (*a_scale.stride(), *b_scale.stride()) if a_scale is not None else (0,) * 5
     grid = (-(-n // tiling.block_n), -(-m // tiling.block_m) + groups)  # each group wastes less than one tile of rows
     meta = dict(TILE=tile, GROUPS=triton.next_power_of_2(groups), K_FIRST=k_first, **tiling.options())
@@ -140,6 +144,9 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, interpret: bool | No
     if torch.is_autocast_enabled(device):
         x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
     return GroupedLinear.apply(x, weight, ends, interpret)
+
+
+# What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:

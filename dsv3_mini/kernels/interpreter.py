@@ -1,4 +1,7 @@
-"""Run a Triton kernel where its tensors are: compiled on a GPU, block by block in Triton's interpreter on a CPU."""
+"""Run a Triton kernel where its tensors are: compiled on a GPU, block by block in Triton's interpreter on a CPU.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import platform
 from collections.abc import Iterator
@@ -8,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What is a kernel, and who runs it here?
+
+
 try:
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"Triton has no wheel for this platform ({platform.system()}, {platform.machine()}), or is not installed: "
@@ -98,6 +105,11 @@ def launch(
     else:
         with torch.cuda.device(device):
             kernel[grid](*args, **meta, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def in_blocks(x: Tensor, *shape: int) -> TensorDescriptor:
+    """A tensor that a kernel loads in blocks of `shape` by coordinates: on the GPU its copy engine does (TMA)."""
+    return TensorDescriptor.from_tensor(x, list(shape))
 
 
 def expect(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:

@@ -1,4 +1,7 @@
-"""Layers that multiply with the kernels: a model is switched to them after `to_fp8`, or as it is in bfloat16."""
+"""Layers that multiply with the kernels: a model is switched to them after `to_fp8`, or as it is in bfloat16.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 from functools import partial
 
@@ -13,6 +16,8 @@ from dsv3_mini.kernels.gemm import fp8_gemm
 from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_linear
 from dsv3_mini.kernels.quantise import act_quant, check_tile, empty_rows, weight_quant
 from dsv3_mini.moe import Experts, Routing, sort_by_expert
+
+# How does the model use them?
 
 
 def turned(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,6 +62,18 @@ class KernelMatmul(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
+class KernelLinear(FP8Linear):
+    """An FP8 linear layer whose products are kernels on a GPU (with `interpret` on a CPU too), torch's elsewhere."""
+
+    interpret: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_cuda or self.interpret):
+            return super().forward(x)
+        rows, options = x.flatten(0, -2), (self.tile, self.scale_fmt, self.cache_format)
+        return KernelMatmul.apply(rows, self.weight, *options, self.interpret or None).unflatten(0, x.shape[:-1])
+
+
 class GroupedFP8(torch.autograd.Function):
     """Row segments times their experts' weights, all three products in FP8 with power-of-two scales.
 
@@ -94,18 +111,6 @@ def swiglu_gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
     sigmoid = gate.sigmoid()
     slope = sigmoid * (1 + gate * (1 - sigmoid))
     return torch.cat([grad * up * slope, grad * gate * sigmoid], -1)
-
-
-class KernelLinear(FP8Linear):
-    """An FP8 linear layer whose products are kernels on a GPU (with `interpret` on a CPU too), torch's elsewhere."""
-
-    interpret: bool
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cuda or self.interpret):
-            return super().forward(x)
-        rows, options = x.flatten(0, -2), (self.tile, self.scale_fmt, self.cache_format)
-        return KernelMatmul.apply(rows, self.weight, *options, self.interpret or None).unflatten(0, x.shape[:-1])
 
 
 class KernelFP8Experts(FP8Experts):

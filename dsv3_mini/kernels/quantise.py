@@ -1,10 +1,15 @@
-"""Quantise on the GPU: one pass over the data, and bit for bit what chapter 07 computes."""
+"""Quantise on the GPU: one pass over the data, and bit for bit what chapter 07 computes.
+
+Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
+"""
 
 import torch
 from torch import Tensor
 
 from dsv3_mini.kernels.ahead import Case
 from dsv3_mini.kernels.interpreter import expect, launch, tl, triton
+
+# How is a tensor quantised in one pass?
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def act_quant(
     check_tile(tile, scale_fmt)
     if not x.is_floating_point() or x.dim() < 1:
         raise ValueError(f"x is {tuple(x.shape)} of {x.dtype}; floats of one dimension or more needed")
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     (m, k), n_tiles = rows.shape, -(-x.shape[-1] // tile)
     q = empty_rows((m, k), x.device)
     scale = torch.empty(m, n_tiles, device=x.device)
@@ -58,6 +63,18 @@ def act_quant(
     grid, strides = (-(-m // meta["ROWS"]), n_tiles), (*rows.stride(), q.stride(0))
     launch(act_quant_kernel, grid, rows, q, scale, m, k, *strides, min_amax, interpret=interpret, **meta)
     return q.view(*x.shape[:-1], k), scale.view(*x.shape[:-1], n_tiles)
+
+
+def empty_rows(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Room for E4M3 numbers with the rows of the last dimension 16 bytes aligned, as TMA asks for."""
+    width = -(-shape[-1] // 16) * 16
+    return torch.empty(*shape[:-1], width, dtype=torch.float8_e4m3fn, device=device)[..., : shape[-1]]
+
+
+def check_tile(tile: int, scale_fmt: str | None) -> None:
+    """Kernels cut memory into powers of two, and tensor cores take 32 E4M3 numbers at a time."""
+    if tile not in (32, 64, 128) or scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"{tile=}, {scale_fmt=}; a kernel needs a tile of 32, 64 or 128, and None or 'ue8m0'")
 
 
 @triton.jit
@@ -89,7 +106,7 @@ def weight_quant(
     check_tile(block, scale_fmt)
     if not w.is_floating_point() or w.dim() < 2:
         raise ValueError(f"w is {tuple(w.shape)} of {w.dtype}; floats of two dimensions or more needed")
-    stack = w.reshape(-1, *w.shape[-2:]) if w.dim() != 3 else w
+    stack = w[None] if w.dim() == 2 else w.flatten(0, -3)
     e, m, n = stack.shape
     grid = (-(-m // block), -(-n // block), e)
     q, scale = empty_rows(stack.shape, w.device), torch.empty(e, *grid[:2], device=w.device)
@@ -125,7 +142,7 @@ def weight_dequant(
             f"q is {tuple(q.shape)} {q.dtype}, strides {q.stride()}; float8_e4m3fn, rows contiguous, needed"
         )
     m, n = q.shape[-2:]
-    stack = q.reshape(-1, m, n) if q.dim() != 3 else q
+    stack = q[None] if q.dim() == 2 else q.flatten(0, -3)
     n_blocks = (-(-m // block), -(-n // block))
     expect("scale", scale, (*q.shape[:-2], *n_blocks), torch.float32)
     w = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -134,16 +151,7 @@ def weight_dequant(
     return w
 
 
-def empty_rows(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Room for E4M3 numbers with the rows of the last dimension 16 bytes aligned, as TMA asks for."""
-    width = -(-shape[-1] // 16) * 16
-    return torch.empty(*shape[:-1], width, dtype=torch.float8_e4m3fn, device=device)[..., : shape[-1]]
-
-
-def check_tile(tile: int, scale_fmt: str | None) -> None:
-    """Kernels cut memory into powers of two, and tensor cores take 32 E4M3 numbers at a time."""
-    if tile not in (32, 64, 128) or scale_fmt not in (None, "ue8m0"):
-        raise ValueError(f"{tile=}, {scale_fmt=}; a kernel needs a tile of 32, 64 or 128, and None or 'ue8m0'")
+# What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:
