@@ -12,7 +12,7 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.decode import DecodePlan
 from dsv3_mini.generate import generate
 from dsv3_mini.kernels.ahead import compile_case, resources
-from dsv3_mini.kernels.attention_contests import contests
+from dsv3_mini.kernels.attention_contests import contests_of
 from dsv3_mini.kernels.bench import relative_error
 from dsv3_mini.kernels.gate import route
 from dsv3_mini.kernels.mla_decode import attend, choose_splits, mla_decode
@@ -173,7 +173,7 @@ def prefill_inputs(b=2, t=70, s=75, h=3, n=32, r=16, v=16, dtype=torch.float32):
 
 def prefill_twin(q, kv, k_pe, scale):
     """Chapter 03's reference in float64: each head's keys and values stand in their own part of a wide latent."""
-    (b, s, h, width), r = kv.shape, k_pe.shape[-1]
+    (h, width), r = kv.shape[2:], k_pe.shape[-1]
     n = q.shape[-1] - r
     kv_b = torch.eye(h * width).double().unflatten(0, (h, width))
     q, k_pe = q.double(), k_pe.double()
@@ -202,7 +202,7 @@ def test_prefill_returns_the_log_sum_exps_of_what_each_query_sees():
 def test_half_precision_prefill_stays_close():
     inputs = prefill_inputs(1, 40, 40, dtype=torch.bfloat16)
     out, twin = mla_prefill(*inputs, 0.2)[0], prefill_twin(*inputs, 0.2)
-    assert out.dtype == torch.bfloat16 and relative_error(out, twin) < 5e-3
+    assert out.dtype == torch.bfloat16 and relative_error(out.detach(), twin.detach()) < 5e-3
     found, wanted = (torch.autograd.grad(y.float().square().sum(), inputs) for y in (out, twin))
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(found, wanted, strict=True))
 
@@ -243,11 +243,11 @@ def route_twin(logits, bias, config):
     """The gate with stable sorts: ties go to the lower index."""
     scores = logits.float().sigmoid()
     groups = (scores + bias).unflatten(1, (config.n_group, -1))
-    worth = groups.sort(-1, descending=True).values[..., :2].sum(-1)
-    kept = worth.sort(-1, descending=True, stable=True).indices[:, : config.topk_group]
+    worth = groups.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+    kept = worth.sort(dim=-1, descending=True, stable=True).indices[:, : config.topk_group]
     lost = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
     choice = groups.masked_fill(lost.unsqueeze(-1), -torch.inf).flatten(1)
-    indices = choice.sort(-1, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
+    indices = choice.sort(dim=-1, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
     weights = scores.gather(1, indices)
     return indices, weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
 
@@ -363,21 +363,22 @@ def test_bad_latents_are_refused():
 
 @pytest.mark.parametrize("arch, product", [(90, "wgmma.mma_async"), (100, "tcgen05.mma")])
 def test_products_run_on_tensor_cores_within_registers_and_shared_memory(arch, product):
-    names = "mla_decode", "mla_prefill", "gate", "norm_rope"
-    modules = [import_module(f"dsv3_mini.kernels.{name}") for name in names]
+    modules = [
+        import_module(f"dsv3_mini.kernels.{name}") for name in ("mla_decode", "mla_prefill", "gate", "norm_rope")
+    ]
     for name, case in [item for module in modules for item in module.compile_cases().items()]:
         compiled = compile_case(case, arch)
         used, ptx = resources(compiled), compiled.asm["ptx"]
         assert used.spilled == 0 and used.shared <= 227 * 1024, (name, used)
-        assert (product in ptx) == (name.startswith(("mla_prefill", "mla_decode")) and case.num_warps == 8 and (
-            case.constexprs.get("BLOCK_M") != 16)), name  # fmt: skip
+        full_tiles = name in ("mla_decode", "mla_prefill_forward", "mla_prefill_backward_q", "mla_prefill_backward_kv")
+        assert (product in ptx) == full_tiles and ("mma.sync" in ptx) == (name == "mla_decode_few_heads"), name
 
 
-def test_every_kernel_has_a_contest_that_its_peers_agree_with():
-    seen = set()
-    for contest in contests(torch.device("cpu"), tokens=9):
-        result = contest.ours["taught"]()
-        assert relative_error(result, contest.expected()) <= contest.tolerance, contest.shape
-        assert contest.n_bytes > 0 and all(callable(peer) for peer in contest.peers.values())
+def test_contests_of_a_small_model_are_right_in_the_interpreter():
+    config, seen = ModelConfig.preset("nano", num_attention_heads=2), set()
+    for contest in contests_of(config, "tiny", 9, torch.device("cpu")):
+        error = relative_error(contest.ours["taught"](), contest.expected())
+        assert error <= contest.tolerance and contest.n_bytes > 0, (contest.shape, error)
+        assert all(peer() is not None for peer in contest.peers.values())
         seen.add(contest.kernel)
     assert seen == {"mla_decode", "mla_prefill", "gate", "write_latents"}

@@ -26,12 +26,17 @@ from dsv3_mini.moe import group_limited_topk
 def contests(device: torch.device) -> Iterator[Contest]:
     """Every kernel of chapter 16 on V3's sizes and the mini's, in bfloat16."""
     for preset in ("v3", "mini"):
-        config = ModelConfig.preset(preset)
-        for texts, length, new in ((1, 32768, 1), (64, 4096, 1), (64, 4096, 2)):
-            yield decoding(config, f"{preset} {texts} x {length}, {new} new", texts, length, new, device)
-        yield prefilling(config, f"{preset} 1 x 4096", 4096, device)
-        yield gating(config, f"{preset} 16384 tokens", 16384, device)
-        yield storing(config, f"{preset} 64 x 256", 64, 256, device)
+        yield from contests_of(ModelConfig.preset(preset), preset, 4096, device)
+
+
+def contests_of(config: ModelConfig, name: str, n_tokens: int, device: torch.device) -> Iterator[Contest]:
+    """The sizes of one model: one long text, a batch, a batch that checks a draft; a prompt; gate and latents."""
+    texts = max(n_tokens // 64, 1)
+    for batch, length, new in ((1, 8 * n_tokens, 1), (texts, n_tokens, 1), (texts, n_tokens, 2)):
+        yield decoding(config, f"{name} {batch} x {length}, {new} new", batch, length, new, device)
+    yield prefilling(config, f"{name} 1 x {n_tokens}", n_tokens, device)
+    yield gating(config, f"{name} {4 * n_tokens} tokens", 4 * n_tokens, device)
+    yield storing(config, f"{name} 4 x {n_tokens}", 4, n_tokens, device)
 
 
 def decoding(config: ModelConfig, shape: str, texts: int, length: int, new: int, device: torch.device) -> Contest:

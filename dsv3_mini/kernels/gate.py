@@ -10,7 +10,7 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.kernels.ahead import Case
 from dsv3_mini.kernels.interpreter import expect, launch, tl, triton
 
-# What do sixteen small operations cost?
+# What do many small operations cost?
 
 
 @triton.jit
