@@ -114,7 +114,7 @@ def mla_prefill_backward_kv(
         scores = tl.dot(k_nope, q_nope.T, input_precision="ieee")
         scores = tl.dot(k_turned, q_pe.T, scores, input_precision="ieee") * scale  # (BLOCK_S, BLOCK_T)
         p = tl.exp2((scores - row_lse[None, :]) * 1.4426950408889634)
-        p = tl.where((s[:, None] <= t[None, :] + older) & (t[None, :] < n_queries), p, 0.0)
+        p = tl.where(s[:, None] <= t[None, :] + older, p, 0.0)  # rows past the last query are all zeros
         d_value = tl.dot(p.to(g.dtype), g, d_value, input_precision="ieee")
         d_scores = p * (tl.dot(value, g.T, input_precision="ieee") - row_delta[None, :]) * scale
         d_nope = tl.dot(d_scores.to(q_nope.dtype), q_nope, d_nope, input_precision="ieee")
