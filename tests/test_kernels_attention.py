@@ -1,5 +1,6 @@
 """Attention, gate and latent kernels in the interpreter, against the modules of earlier chapters."""
 
+import math
 from importlib import import_module
 
 import pytest
@@ -124,12 +125,20 @@ def test_no_text_and_no_head_are_no_error():
     assert mla_decode(*decoding_inputs([9], h=0), 0.3)[0].shape == (1, 1, 0, 32)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 5000), programs=st.integers(1, 400), processors=st.integers(1, 200))
-def test_splits_fill_the_processors_once_and_are_tiles_at_least(n, programs, processors):
+def test_splits_are_tiles_at_least_and_never_slower_than_none(n, programs, processors):
+    def time(splits):
+        return math.ceil(programs * splits / processors) * (math.ceil(n / splits) + 1)
+
     splits = choose_splits(n, programs, processors)
-    assert 1 <= splits <= n and (splits == 1 or splits * programs <= processors)
-    assert splits == n or (splits + 1) * programs > processors
+    assert 1 <= splits <= n and time(splits) <= time(1)
+
+
+def test_splits_fill_rounds_of_processors():
+    assert choose_splits(512, 2) == 66 and choose_splits(512, 132) == 1  # one full round
+    assert choose_splits(512, 140) == 7  # without a split, a second round would hold eight programs
+    assert choose_splits(1, 2) == 1 and choose_splits(0, 0) == 1
 
 
 BAD_DECODING = {

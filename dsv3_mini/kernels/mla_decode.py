@@ -66,11 +66,14 @@ def mla_decode_combine(z, lse, out, out_lse, n_splits, C: tl.constexpr):
 
 
 def choose_splits(n_tiles: int, n_programs: int, n_processors: int = 132) -> int:
-    """Stretches of a text: as many as processors are free for, and none shorter than a tile.
+    """Stretches of a text, so that programs fill whole rounds of the processors and no stretch is less than a tile.
 
-    n_tiles: tiles of the longest text; n_programs: programs without a split. 132: processors of an H100 or H200.
+    n_tiles: tiles of the longest text; n_programs: programs without a split. The time is counted in tiles: rounds
+    times the tiles of a stretch, and one more for its start and end. 132: processors of an H100 or H200.
     """
-    return max(1, min(n_tiles, n_processors // max(n_programs, 1)))
+    rounds = range(1, 9)
+    candidates = [max(1, min(n_tiles, k * n_processors // max(n_programs, 1))) for k in rounds]
+    return min(candidates, key=lambda splits: -(-n_programs * splits // n_processors) * (-(-n_tiles // splits) + 1))
 
 
 def check_decode(q_c: Tensor, q_pe: Tensor, cache: Tensor, lengths: Tensor) -> None:
