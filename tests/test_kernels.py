@@ -112,6 +112,7 @@ def test_products_are_those_of_the_numbers(dtype):
 
 def test_interpreting_leaves_the_language_as_it_was():
     places = (tl, tl.core, tl.tensor, triton.runtime.jit.JITFunction, type(interpreter.interpreter_builder))
+    patch = interpreter._patch_lang_tensor
     before = [{name: getattr(place, name, None) for name in dir(place)} for place in places]
     act_quant(draw(3, 40))
     with pytest.raises(interpreter.InterpreterError):
@@ -119,6 +120,7 @@ def test_interpreting_leaves_the_language_as_it_was():
     after = [{name: getattr(place, name, None) for name in dir(place)} for place in places]
     assert all(old.items() <= new.items() for old, new in zip(before, after, strict=True))
     assert type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder
+    assert interpreter._patch_lang_tensor is patch
 
 
 def test_a_compiled_kernel_refuses_cpu_memory():

@@ -12,7 +12,8 @@ from pkgutil import iter_modules
 
 def offers(name: str) -> list[Callable]:
     """The functions of that name in this package's modules: how kernels join `compile_for` and the benchmark."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    package = import_module("dsv3_mini.kernels")
+    modules = [import_module(f"dsv3_mini.kernels.{module.name}") for module in iter_modules(package.__path__)]
     return [getattr(module, name) for module in modules if hasattr(module, name)]
 
 

@@ -1,6 +1,7 @@
 """The kernels of chapter 15 in the benchmark: V3's sizes and the mini's, tilings to choose from, and their rivals."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -8,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mini import fp8
+from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.kernels.activation import swiglu_quant
 from dsv3_mini.kernels.bench import Contest
 from dsv3_mini.kernels.gemm import Tiling, default_tiling, fp8_gemm
 from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_gemm
+from dsv3_mini.kernels.layers import use_kernels
 from dsv3_mini.kernels.quantise import act_quant, weight_dequant, weight_quant
+from dsv3_mini.model import DeepSeekV3
 
 
 def contests(device: torch.device) -> Iterator[Contest]:
@@ -28,6 +32,7 @@ def contests_of(config: ModelConfig, name: str, n_tokens: int, device: torch.dev
     for n, k in products(config):
         yield from gemms(name, n_tokens, n, k, device)
     yield from grouped(config, name, n_tokens, device)
+    yield training_step(config, name, n_tokens, device)
 
 
 def products(config: ModelConfig) -> list[tuple[int, int]]:
@@ -141,3 +146,24 @@ def segments(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], ends: Tensor) -
     bounds = [0, *ends.tolist()]
     rows = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
     return torch.cat([fp8.fp8_gemm(a[0][r], a[1][r], b[0][i], b[1][i]) for i, r in enumerate(rows)])
+
+
+def training_step(config: ModelConfig, model: str, n_tokens: int, device: torch.device) -> Contest:
+    """Forward and backward of the whole model in FP8 against the same in bfloat16; of V3 one dense layer fits."""
+    if config.n_routed_experts > 64:
+        model, sizes = f"{model}, 1 layer", dict(num_hidden_layers=1, first_k_dense_replace=1, vocab_size=4096)
+        config = config.replace(**sizes)
+    torch.manual_seed(0)
+    plain = DeepSeekV3(config.replace(num_nextn_predict_layers=0)).to(device, torch.bfloat16)
+    fast, twin = use_kernels(fp8.to_fp8(deepcopy(plain))), fp8.to_fp8(deepcopy(plain))
+    batch = max(1, n_tokens // 1024)
+    windows = torch.randint(config.vocab_size, (batch, n_tokens // batch + 1), device=device)
+
+    def step(net: DeepSeekV3) -> Tensor:
+        net.zero_grad()
+        loss = next_token_loss(net, windows)
+        loss.backward()
+        return loss.detach()
+
+    sides = {"taught": partial(step, fast)}, {"bf16": partial(step, plain), "torch fp8": partial(step, twin)}
+    return Contest("training_step", f"{model} {n_tokens} tokens", *sides, partial(step, twin), 1e-2, 0.0)

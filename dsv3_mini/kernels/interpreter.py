@@ -5,7 +5,7 @@ Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -65,20 +65,27 @@ def interpreting() -> Iterator[None]:
 
     Outside they compile as ever, so one process can do both and TRITON_INTERPRET is not needed.
     """
-    builder, function = interpreter.interpreter_builder, triton.runtime.jit.JITFunction
-    stock, refuse = type(builder), function.__call__
-    scopes = [interpreter._patch_lang(user) for user in (triton.language.standard.cdiv.fn, float_types)]  # core and tl
-    builder.__class__ = MendedBuilder
-    function.__call__ = lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn).rewrite()(
-        *args, **kwargs
-    )
-    try:
-        with np.errstate(all="ignore"):  # a GPU does not warn of an overflow either
-            yield
-    finally:
-        builder.__class__, function.__call__ = stock, refuse
-        for scope in reversed(scopes):
-            scope.restore()
+    stock_patch = interpreter._patch_lang_tensor
+
+    def call(self, *args, **kwargs):
+        return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
+
+    def patch_tensor(tensor, scope):
+        stock_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # 3.6 does it as numpy 2.4 forbids
+
+    with ExitStack() as stack:
+        for place, name, value in (
+            (interpreter.interpreter_builder, "__class__", MendedBuilder),
+            (triton.runtime.jit.JITFunction, "__call__", call),
+            (interpreter, "_patch_lang_tensor", patch_tensor),
+        ):
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+        for user in (triton.language.standard.cdiv.fn, float_types):  # their modules know `core` and `tl`
+            stack.callback(interpreter._patch_lang(user).restore)
+        stack.enter_context(np.errstate(all="ignore"))  # a GPU does not warn of an overflow either
+        yield
 
 
 def launch(
