@@ -1,4 +1,4 @@
-"""Triton kernels for what surrounds the matrix products: latent attention, the gate, norm and rotation.
+"""The kernels of chapter 16 in the benchmark: V3's sizes and the mini's, and their rivals.
 
 Generated from chapters/16_triton_attention_moe.ipynb; edit the chapter, not this file.
 """
