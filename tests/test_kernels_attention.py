@@ -365,9 +365,11 @@ def test_bad_latents_are_refused():
     assert cache.isnan().all()
     for change, message in (
         ((projected, weight, rope, starts + 1, cache), "lie in 6..41; 5 new tokens in a cache of 40"),
-        ((projected, weight[:48], rope, starts, cache), r"rope is \(40, 8\)"),
+        ((projected, weight[:48], rope, starts, cache), r"cosines is \(40, 8\)"),
         ((projected.mT.contiguous().mT, weight, rope, starts, cache), "strides"),
         ((projected, weight, rope, starts, cache[..., :79]), r"cache is \(3, 40, 79\)"),
+        ((projected, weight, (rope[0], rope[1][:30]), starts, cache), r"sines is \(30, 8\)"),
+        ((projected[0], weight, rope, starts, cache), r"x is \(5, 80\)"),
     ):
         with pytest.raises(ValueError, match=message):
             write_latents(*change, 1e-6)

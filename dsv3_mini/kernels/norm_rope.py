@@ -51,24 +51,22 @@ def write_latents(
     written that the caller vouches for; without one, starts (B,) are read and checked. Without gradient.
     """
     floats = torch.bfloat16, torch.float16, torch.float32
-    (b, t, width), c, n_positions = x.shape, len(weight), cache.shape[1]
-    expect("x", x, (len(starts), None, None), *floats)
-    expect("cache", cache, (b, None, width), *floats)
-    expect("weight", weight, (None,), *floats)
     expect("starts", starts, (None,), torch.int32, torch.int64)
-    for part in rope:
-        expect("rope", part, (None, (width - c) // 2), torch.float32)
+    expect("weight", weight, (None,), *floats)
+    expect("x", x, (len(starts), None, None), *floats)
+    (b, t, width), c = x.shape, len(weight)
+    expect("cache", cache, (b, None, width), *floats)
+    expect("cosines", rope[0], (None, (width - c) // 2), torch.float32)
+    expect("sines", rope[1], tuple(rope[0].shape), torch.float32)
     if c & (c - 1) or width - c < 2 or (width - c) & (width - c - 1):
         raise ValueError(f"x {tuple(x.shape)} is {c} + {width - c} wide; both parts must be powers of two")
     if x.stride(-1) != 1 or (cache.numel() and cache.stride()[1:] != (width, 1)):
-        raise ValueError(
-            f"x has strides {x.stride()}, cache {cache.stride()}; contiguous rows needed, the cache's adjacent"
-        )
-    n_positions = min(n_positions, len(rope[0]))
+        raise ValueError(f"x has strides {x.stride()}, cache {cache.stride()}; rows contiguous, the cache's adjacent")
+    n_positions = min(cache.shape[1], len(rope[0]))
     if end is None:
         check_lengths(starts + t, t, n_positions)
     numbers = x.stride(0), x.stride(1), cache.stride(0), n_positions, eps
-    tensors = x, weight, *(part.contiguous() for part in rope), starts, cache
+    tensors = x, *(part.contiguous() for part in (weight, *rope, starts)), cache
     launch(latent_kernel, (t, b), *tensors, *numbers, C=c, R=width - c, num_warps=1, interpret=interpret)
 
 
