@@ -1,4 +1,4 @@
-"""Reading beyond the trained length.
+"""Reading beyond the trained length: what breaks, slower clocks as the cure, and a short tuning on long text.
 
 Generated from chapters/12_long_context.ipynb; edit the chapter, not this file.
 """
@@ -20,6 +20,8 @@ from dsv3_mini.mla import MLA
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import LAST_PLATEAU, TrainOptions, learning_rate_factor
 from dsv3_mini.train import make_optimizer
+
+# What does a model do past its trained length?
 
 
 def long_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, count: int, seed: int = 0) -> Tensor:
@@ -51,6 +53,9 @@ def cut(windows: Tensor, length: int) -> Tensor:
     if (windows.shape[1] - 1) % length:
         raise ValueError(f"windows of {windows.shape[1] - 1} tokens do not divide into pieces of length={length}")
     return windows.unfold(1, length + 1, length).flatten(0, 1)
+
+
+# What goes wrong inside?
 
 
 @contextmanager
@@ -90,6 +95,9 @@ def attention_entropy(model: DeepSeekV3, input_ids: Tensor, positions: Tensor) -
     return torch.stack([-torch.xlogy(w, w).sum(-1) for w in weights])
 
 
+# Which clocks may be slowed?
+
+
 def interpolated_frequencies(dim: int, theta: float, factor: float) -> Tensor:
     """Every clock slowed alike, theta_i / s: position interpolation, (dim/2,)."""
     return rope_frequencies(dim, theta) / factor
@@ -118,7 +126,9 @@ def stretch(model: DeepSeekV3, method: str, factor: float, original: int) -> Dee
     if config.rope_scaling is not None:
         raise ValueError(f"the model is stretched already: rope_scaling={config.rope_scaling}")
     if factor < 1 or method not in ("rope", "interpolation", "ntk", "yarn", "yarn frequencies"):
-        raise ValueError(f"{method=} with {factor=}: rope, interpolation, ntk, yarn, yarn frequencies; factor 1 or more")
+        raise ValueError(
+            f"{method=} with {factor=}: rope, interpolation, ntk, yarn, yarn frequencies; factor 1 or more"
+        )
     if method.startswith("yarn"):
         scaling = yarn_scaling(factor, original, temperature=method == "yarn")
         config = config.replace(rope_scaling=scaling, max_position_embeddings=int(factor * original))
@@ -131,6 +141,9 @@ def stretch(model: DeepSeekV3, method: str, factor: float, original: int) -> Dee
     elif method == "ntk":
         stretched.model.frequencies = ntk_frequencies(dim, theta, factor)
     return stretched
+
+
+# How little tuning is enough?
 
 
 def final_learning_rate(peak: float) -> float:
@@ -153,7 +166,11 @@ def extend(
     Changes the model. The loss is that of the end of pre-training: lambda 0.1, balance loss, biases frozen (gamma 0).
     Returns tokens, seconds and the main head's loss of every step.
     """
-    optimizer, losses, started = make_optimizer(model, TrainOptions(learning_rate=learning_rate)), [], time.perf_counter()
+    optimizer, losses, started = (
+        make_optimizer(model, TrainOptions(learning_rate=learning_rate)),
+        [],
+        time.perf_counter(),
+    )
     for step, batch in enumerate(windows.split(batch_size)):
         parts, _ = training_losses(model, batch, bool(model.mtp_layers), alpha > 0, dtype)
         factors = {"loss": 1.0, "mtp": mtp_weight, "balance": alpha}

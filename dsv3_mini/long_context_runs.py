@@ -29,6 +29,8 @@ from dsv3_mini.long_context import (
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.needle import needle_map, needle_words, teach
 
+# How little tuning is enough?
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,7 +41,7 @@ class Plan:
     phases: tuple[int, ...] = (1024, 4096)
     steps: int = 24  # of each phase
     tokens_per_step: int = 4096
-    teach_steps: int = 250
+    teach_steps: int = 300
     n_windows: int = 6
     n_needles: int = 3
     dtype: str = "bfloat16"  # of matrix products while tuning
@@ -56,7 +58,10 @@ def measure(model: DeepSeekV3, windows: Tensor) -> dict:
     positions = 2 ** torch.arange(4, length.bit_length()) - 1
     entropy = attention_entropy(model, windows[0, :-1], positions).mean(1)  # (layers, P)
     return {
-        "results": {"loss": round(losses.mean().item(), 4), "last quarter": round(losses[:, -length // 4 :].mean().item(), 4)},
+        "results": {
+            "loss": round(losses.mean().item(), 4),
+            "last quarter": round(losses[:, -length // 4 :].mean().item(), 4),
+        },
         "position_loss": by_block(losses),
         "entropy": [[round(x, 3) for x in row] for row in entropy.tolist()],
         "entropy_positions": positions.tolist(),
@@ -86,15 +91,20 @@ class Bench:
             windows = self.texts(length, self.plan.steps * batch, train=True)
             rate = final_learning_rate(self.peak_rate)
             cost = extend(model, windows, batch, rate, getattr(torch, self.plan.dtype))
-            yield f"{method}, tuned to {length}", model, {"phase": {"length": length, "batch": batch, "rate": rate, **cost}}
+            yield (
+                f"{method}, tuned to {length}",
+                model,
+                {"phase": {"length": length, "batch": batch, "rate": rate, **cost}},
+            )
 
     def needles(self, model: DeepSeekV3) -> dict:
-        """Scores of needles whose words no lesson used, in text that no lesson used."""
+        """Scores of needles in held-out text, of words that lessons used; "unseen": of words that none used."""
         longest = self.plan.phases[-1]
         lengths = [n for n in (self.plan.trained // 2 * 2**k for k in range(20)) if n <= longest]
         depths, hays = (0.0, 0.25, 0.5, 0.75, 1.0), self.texts(longest, self.plan.n_needles, train=False)
-        words = needle_words(self.tokenizer, held_out=True)
+        words, unseen = (needle_words(self.tokenizer, held_out) for held_out in (False, True))
         found = needle_map(model, self.tokenizer, hays, lengths, depths, words, self.seed)
+        found["unseen"] = needle_map(model, self.tokenizer, hays, [self.plan.trained], depths, unseen, self.seed)
         means = {f"{n}": round(sum(row) / len(row), 3) for n, row in zip(lengths, found["exact"], strict=True)}
         return {"results": means, "lengths": lengths, "depths": list(depths), **found}
 
@@ -103,7 +113,13 @@ class Bench:
         student, plan = copy.deepcopy(model), self.plan
         hays = self.texts(4 * plan.trained, 64, train=True)
         losses = teach(
-            student, self.tokenizer, hays, plan.trained, plan.teach_steps, seed=self.seed, dtype=getattr(torch, plan.dtype)
+            student,
+            self.tokenizer,
+            hays,
+            plan.trained,
+            plan.teach_steps,
+            seed=self.seed,
+            dtype=getattr(torch, plan.dtype),
         )
         return student, {"lesson_losses": losses}
 
@@ -119,6 +135,9 @@ def position_runs(bench: Bench, windows: Tensor) -> Iterator[tuple[str, dict]]:
     yield "cut", {"results": {"loss": round(pieces.mean().item(), 4)}, "position_loss": by_block(pieces)}
     for method in UNTUNED:
         yield method, measure(stretch(bench.model, method, plan.factor, plan.trained), windows)
+
+
+# Can it find a needle?
 
 
 def seed_runs(bench: Bench) -> Iterator[tuple[str, dict]]:

@@ -17,6 +17,9 @@ from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import TrainOptions
 from dsv3_mini.train import make_optimizer
 
+# Can it find a needle?
+
+
 QUESTION, END = "\n# secret:", "\n"
 
 
@@ -85,19 +88,18 @@ def needle_map(
     words: Sequence[int],
     seed: int = 0,
 ) -> dict[str, list[list[float]]]:
-    """Mean score of a needle in each of the texts hays (n, T), for every length and depth: {score: lengths x depths}."""
+    """Mean scores of a needle in each text of hays (n, T), at every length and depth: {score: lengths x depths}."""
     maps = {"exact": [], "share": []}
     for length in lengths:
         rows = {"exact": [], "share": []}
         for depth in depths:
-            stacks = [
-                hide_needle(tokenizer, hay, length, depth, words, seed * len(hays) + n) for n, hay in enumerate(hays)
-            ]
-            scores = [score for stack in stacks for score in ask(model, [stack])]
-            for name in rows:
-                rows[name].append(round(sum(s[name] for s in scores) / len(scores), 4))
-        for name in rows:
-            maps[name].append(rows[name])
+            seeds = range(seed * len(hays), (seed + 1) * len(hays))
+            stacks = [hide_needle(tokenizer, hay, length, depth, words, s) for hay, s in zip(hays, seeds, strict=True)]
+            scores = ask(model, stacks)
+            for name, row in rows.items():
+                row.append(round(sum(score[name] for score in scores) / len(scores), 4))
+        for name, row in rows.items():
+            maps[name].append(row)
     return maps
 
 
