@@ -156,29 +156,27 @@ def extend(
     windows: Tensor,
     batch_size: int,
     learning_rate: float,
+    end_rate: float | None = None,
     dtype: torch.dtype = torch.float32,
-    mtp_weight: float = 0.1,
-    alpha: float = 1e-4,
-    warmup: int = 4,
+    warmup: int = 3,
 ) -> dict:
-    """Tune on windows (n, T + 1), batch by batch in their order, at a constant rate after a few warm-up steps.
+    """Tune on windows (n, T + 1), batch by batch in their order. Changes the model.
 
-    Changes the model. The loss is that of the end of pre-training: lambda 0.1, balance loss, biases frozen (gamma 0).
+    The rate rises over `warmup` steps and stays, as in the report, or falls to `end_rate` over the last half. The loss
+    is that of the end of pre-training: MTP at lambda = 0.1, balance loss at alpha = 1e-4, biases frozen (gamma = 0).
     Returns tokens, seconds and the main head's loss of every step.
     """
-    optimizer, losses, started = (
-        make_optimizer(model, TrainOptions(learning_rate=learning_rate)),
-        [],
-        time.perf_counter(),
-    )
-    for step, batch in enumerate(windows.split(batch_size)):
-        parts, _ = training_losses(model, batch, bool(model.mtp_layers), alpha > 0, dtype)
-        factors = {"loss": 1.0, "mtp": mtp_weight, "balance": alpha}
+    optimizer, losses, started = make_optimizer(model, TrainOptions()), [], time.perf_counter()
+    batches, end_rate = windows.split(batch_size), learning_rate if end_rate is None else end_rate
+    for step, batch in enumerate(batches):
+        parts, _ = training_losses(model, batch, mtp=bool(model.mtp_layers), dtype=dtype)
+        factors = {"loss": 1.0, "mtp": 0.1, "balance": 1e-4}
         optimizer.zero_grad()
         sum(factors[name] * loss for name, loss in parts.items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        fallen = max(0.0, 2 * (step + 1) / len(batches) - 1)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / (warmup + 1))
+            group["lr"] = (learning_rate + (end_rate - learning_rate) * fallen) * min(1.0, (step + 1) / (warmup + 1))
         optimizer.step()
         losses.append(round(parts["loss"].item(), 4))
     n_tokens = windows[:, 1:].numel()

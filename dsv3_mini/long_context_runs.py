@@ -39,12 +39,13 @@ class Plan:
     trained: int = 256
     factor: float = 20.0
     phases: tuple[int, ...] = (1024, 4096)
-    steps: int = 24  # of each phase
+    steps: int = 20  # of each phase
     tokens_per_step: int = 4096
-    teach_steps: int = 260
-    n_windows: int = 4
-    n_needles: int = 3  # texts a seed, each with one needle at every length and depth
-    n_controls: int = 1  # seeds for which the same tuning is done without YaRN
+    rate: float = 0.5  # of the peak of pre-training, falling to the final one in each phase
+    teach_steps: int = 150
+    n_windows: int = 2
+    n_needles: int = 2  # texts a seed, each with one needle at every length and depth
+    n_controls: int = 1  # seeds for which the controls of the tuning are run
     dtype: str = "bfloat16"  # of matrix products while tuning
 
 
@@ -84,19 +85,19 @@ class Bench:
         texts = self.corpus.train if train else self.corpus.valid
         return long_windows(self.tokenizer, texts, length, count, self.seed)
 
-    def extended(self, method: str) -> Iterator[tuple[str, DeepSeekV3, dict]]:
-        """The model after each phase of tuning under a method's clocks: (name, model, what the phase cost)."""
+    def extended(self, method: str, share: float | None = None) -> Iterator[tuple[str, DeepSeekV3, dict]]:
+        """The model after each phase of tuning under a method's clocks: (name, model, what the phase cost).
+
+        share: another start of the learning rate, as a share of the peak of pre-training.
+        """
         model = copy.deepcopy(stretch(self.model, method, self.plan.factor, self.plan.trained))
+        start, end = self.peak_rate * (share or self.plan.rate), final_learning_rate(self.peak_rate)
         for length in self.plan.phases:
             batch = max(1, self.plan.tokens_per_step // length)
             windows = self.texts(length, self.plan.steps * batch, train=True)
-            rate = final_learning_rate(self.peak_rate)
-            cost = extend(model, windows, batch, rate, getattr(torch, self.plan.dtype))
-            yield (
-                f"{method}, tuned to {length}",
-                model,
-                {"phase": {"length": length, "batch": batch, "rate": rate, **cost}},
-            )
+            cost = extend(model, windows, batch, start, end, getattr(torch, self.plan.dtype))
+            cost |= {"length": length, "batch": batch, "rate": start, "end_rate": end}
+            yield f"{method}, tuned to {length}", model, {"phase": cost}
 
     def needles(self, model: DeepSeekV3) -> dict:
         """Scores of needles in held-out text, of words that lessons used; "unseen": of words that none used."""
@@ -138,6 +139,14 @@ def position_runs(bench: Bench, windows: Tensor) -> Iterator[tuple[str, dict]]:
         yield method, measure(stretch(bench.model, method, plan.factor, plan.trained), windows)
 
 
+def control_runs(bench: Bench, windows: Tensor) -> Iterator[tuple[str, dict]]:
+    """The same tuning without YaRN, and with YaRN at the report's final rate, first phase only."""
+    for name, model, cost in bench.extended("rope"):
+        yield name, {**measure(model, windows), **cost}
+    name, model, cost = next(bench.extended("yarn", share=final_learning_rate(1.0)))
+    yield f"final rate, {name}", {**measure(model, windows), **cost}
+
+
 # Can it find a needle?
 
 
@@ -154,8 +163,8 @@ def seed_runs(bench: Bench) -> Iterator[tuple[str, dict]]:
         yield f"needle, {method}", bench.needles(stretch(student, method, plan.factor, plan.trained))
     student, losses = bench.taught(extended)
     yield "needle, extended", {**bench.needles(student), **losses}
-    for name, model, cost in bench.extended("rope") if bench.seed < plan.n_controls else ():
-        yield name, {**measure(model, windows), **cost}
+    if bench.seed < plan.n_controls:
+        yield from control_runs(bench, windows)
 
 
 def long_context_runs(
