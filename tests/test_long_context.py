@@ -187,7 +187,7 @@ def test_extension_moves_the_weights_at_the_final_rate_and_freezes_the_biases():
     assert all(moved[name] == 0 for name in moved if name.endswith("bias"))
     matrices = [name for name in moved if name.endswith("_proj.weight")]
     assert all(0 < moved[name] < 3.2e-4 for name in matrices)  # three steps of AdamW, one rate each at most
-    assert cost["tokens"] == 6 * 17 and len(cost["losses"]) == 3 and cost["seconds"] > 0
+    assert cost["tokens"] == 6 * 17 and len(cost["losses"]) == 3 and cost["seconds"] >= 0
 
 
 @settings(deadline=None, max_examples=60)
