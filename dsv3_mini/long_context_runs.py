@@ -45,6 +45,7 @@ class Plan:
     teach_steps: int = 150
     n_windows: int = 2
     n_needles: int = 2  # texts a seed, each with one needle at every length and depth
+    n_more: int = 8  # texts where every depth has a word of its own, for the same seeds as the controls
     n_controls: int = 1  # seeds for which the controls of the tuning are run
     dtype: str = "bfloat16"  # of matrix products while tuning
 
@@ -110,6 +111,18 @@ class Bench:
         means = {f"{n}": round(sum(row) / len(row), 3) for n, row in zip(lengths, found["exact"], strict=True)}
         return {"results": means, "lengths": lengths, "depths": list(depths), **found}
 
+    def more_needles(self, model: DeepSeekV3) -> dict:
+        """Fewer depths and more texts than `needles`, and another word at every depth."""
+        hays, depths = self.texts(self.plan.phases[-1], self.plan.n_more, train=False), (0.1, 0.5, 0.9)
+        lengths = [n for n in (self.plan.trained // 2 * 2**k for k in range(20)) if n <= self.plan.phases[-1]]
+        words, exact = needle_words(self.tokenizer, held_out=False), []
+        for n, depth in enumerate(depths):
+            found = needle_map(model, self.tokenizer, hays, lengths, [depth], words, seed=100 + n)
+            exact.append([row[0] for row in found["exact"]])
+        by_length = [list(row) for row in zip(*exact, strict=True)]
+        means = {f"{n}": round(sum(row) / len(row), 3) for n, row in zip(lengths, by_length, strict=True)}
+        return {"results": means, "lengths": lengths, "depths": list(depths), "exact": by_length, "texts": len(hays)}
+
     def taught(self, model: DeepSeekV3) -> tuple[DeepSeekV3, dict]:
         """A copy that has had the needle lessons, none longer than the trained length."""
         student, plan = copy.deepcopy(model), self.plan
@@ -164,6 +177,7 @@ def seed_runs(bench: Bench) -> Iterator[tuple[str, dict]]:
     student, losses = bench.taught(extended)
     yield "needle, extended", {**bench.needles(student), **losses}
     if bench.seed < plan.n_controls:
+        yield "more needles, extended", bench.more_needles(student)
         yield from control_runs(bench, windows)
 
 

@@ -271,7 +271,7 @@ def test_the_experiment_runs_every_stage_and_describes_itself(tmp_path, tokenize
     plan = long_context_runs.Plan(**sizes, n_windows=1, n_needles=1, dtype="float32")
     runs = list(long_context_runs.long_context_runs(tmp_path / "mini", seeds=1, plan=plan))
     names = [run["variant"] for run in runs]
-    assert names[:6] == ["cut", *long_context_runs.UNTUNED] and len(set(names)) == len(names) == 15
+    assert names[:6] == ["cut", *long_context_runs.UNTUNED] and len(set(names)) == len(names) == 16
     assert all(len(run["position_loss"]) == 4 for run in runs if "needle" not in run["variant"])
     assert all(run["same_text"] is False and run["config"] and run["seconds"] >= 0 for run in runs)
     assert [run["phase"]["batch"] for run in runs if "phase" in run] == [2, 1, 2, 1, 2]
