@@ -196,7 +196,8 @@ def bench_kernels(options: argparse.Namespace) -> None:
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
     parser.add_argument(
-        "name", help="attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano or training_speed"
+        "name",
+        help="attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano, training_speed or long_context",
     )
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
@@ -205,12 +206,13 @@ def add_experiment(commands) -> None:
 def experiment(options: argparse.Namespace) -> None:
     """Run all variants and seeds, a line each."""
     from dsv3_mini.experiments import run_experiment
+    from dsv3_mini.long_context_runs import long_context_runs
 
     def show(run: dict) -> None:
         result = {name: run[name] for name in ("valid_loss", "ratio", "results") if name in run}
         print(f"{run['variant']:24} seed {run['seed']}: {result}, {run['seconds']:.0f} s", flush=True)
 
-    print("wrote", run_experiment(options.name, options.out, show))
+    print("wrote", run_experiment(options.name, options.out, show, {"long_context": long_context_runs}))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -241,12 +241,21 @@ EXPERIMENTS: dict[str, Callable] = {
 }
 
 
-def run_experiment(name: str, folder: str | os.PathLike, on_run: Callable[[dict], None] = lambda run: None) -> Path:
-    """Run a named experiment and log all its runs to FOLDER/NAME.json, whole or not at all."""
-    if name not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {name!r}; choose one of {', '.join(EXPERIMENTS)}")
+def run_experiment(
+    name: str,
+    folder: str | os.PathLike,
+    on_run: Callable[[dict], None] = lambda run: None,
+    later: dict[str, Callable] | None = None,
+) -> Path:
+    """Run a named experiment and log all its runs to FOLDER/NAME.json, whole or not at all.
+
+    later: the experiments of chapters after this one, by name.
+    """
+    known = EXPERIMENTS | (later or {})
+    if name not in known:
+        raise ValueError(f"unknown experiment {name!r}; choose one of {', '.join(known)}")
     runs = []
-    for run in EXPERIMENTS[name]():
+    for run in known[name]():
         runs.append(run)
         on_run(run)
     machine = {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads()}
