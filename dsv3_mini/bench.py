@@ -14,6 +14,7 @@ from torch import nn
 from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.decode import DecodePlan
+from dsv3_mini.decode_layers import MoEStep
 from dsv3_mini.generate import generate
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.peer import time_in_turn, transformers_twin
@@ -89,11 +90,11 @@ def bytes_per_token(plan: DecodePlan, context: int) -> dict[str, int]:
     for attention, mlp in plan.layers:
         weights += [attention.down, attention.w_uk, attention.w_uv, attention.out]
         weights += [attention.q_up] if attention.q_up is not None else []
-        if isinstance(mlp.down, torch.Tensor):
-            weights += [mlp.up, mlp.down]
-        else:
-            n_used = plan.config.num_experts_per_tok + len(mlp.down) - mlp.n_routed
+        if isinstance(mlp, MoEStep):
+            n_used = plan.config.num_experts_per_tok + len(mlp.always)
             weights += [mlp.gate, *mlp.gate_up[-n_used:], *mlp.down[-n_used:]]
+        else:
+            weights += [mlp.up, mlp.down]
     c = plan.config
     per_position = len(plan.layers) * (c.kv_lora_rank + c.qk_rope_head_dim) * plan.head.itemsize
     return {"weights": sum(weight.nbytes for weight in weights), "cache": context * per_position}

@@ -73,8 +73,8 @@ class Texts:
 
     def window(self, starts: Sequence[int], length: int, drafts: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Tokens starts[i] .. starts[i] + length - 1 of each row and its drafts, 0 beyond their end: (B, length)."""
-        rows = self.ids if drafts is None else [ids + list(more) for ids, more in zip(self.ids, drafts, strict=True)]
-        cut = [row[start : start + length] for row, start in zip(rows, starts, strict=True)]
+        rows = zip(self.ids, starts, drafts or [()] * len(starts), strict=True)
+        cut = [[*ids[start : start + length], *more][:length] for ids, start, more in rows]
         return torch.tensor([row + [0] * (length - len(row)) for row in cut])
 
 
