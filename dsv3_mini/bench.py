@@ -13,9 +13,10 @@ from torch import nn
 
 from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.data import python_corpus, token_ids
 from dsv3_mini.decode import DecodePlan
 from dsv3_mini.decode_layers import MoEStep
-from dsv3_mini.generate import generate
+from dsv3_mini.generate import generate, load_tokenizer
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.peer import time_in_turn, transformers_twin
 
@@ -115,8 +116,9 @@ def compare_with_transformers(
 ) -> dict:
     """Training step and greedy decoding of both implementations on the same weights, float32, in turn.
 
-    checkpoint: a trained folder instead of random weights of a preset; only then is speculation measured, since
-    drafts of random weights are worth nothing. contexts: prompt lengths. ValueError for what does not fit the model.
+    checkpoint: a trained folder instead of random weights of a preset, and real text as prompt; only then is
+    speculation measured, since drafts of random weights are worth nothing. contexts: prompt lengths. ValueError for
+    what does not fit the model.
     """
     if rounds < 1 or new_tokens < 1 or min(contexts, default=0) < 1:
         raise ValueError(f"{rounds=}, {new_tokens=} and contexts={list(contexts)} must be 1 or more")
@@ -126,9 +128,12 @@ def compare_with_transformers(
         raise ValueError(f"{longest} positions are needed; max_position_embeddings is {config.max_position_embeddings}")
     measured = {"training step": with_ratios(time_in_turn(training_sides(config), rounds))}
     for context in contexts:
-        prompt = torch.randint(5, config.vocab_size, (1, context), generator=torch.Generator().manual_seed(1))
+        prompt = bench_prompt(config, checkpoint, context)
         speeds = time_in_turn(decoding_sides(model, prompt, new_tokens), rounds)
         measured[f"greedy decoding at {context}"] = with_ratios(speeds)
+        if model.mtp_layers:
+            drafts = generate(model, prompt, new_tokens + 1, stop=(), speculative=True)
+            measured[f"greedy decoding at {context}"]["acceptance"] = drafts.accepted / drafts.drafted
     plan = DecodePlan(model)
     needed = {str(context): bytes_per_token(plan, context) for context in contexts}
     bandwidth = read_bandwidth(needed[str(min(contexts))]["weights"])
@@ -147,6 +152,14 @@ def open_model(preset: str, checkpoint: str | os.PathLike | None) -> DeepSeekV3:
     config = ModelConfig.preset(preset, num_nextn_predict_layers=0, initializer_range=0.02)
     torch.manual_seed(0)
     return DeepSeekV3(config).eval()
+
+
+def bench_prompt(config: ModelConfig, checkpoint: str | os.PathLike | None, context: int) -> torch.Tensor:
+    """(1, context) tokens: Python that a trained folder has not read, or random ones."""
+    if checkpoint is None:
+        return torch.randint(5, config.vocab_size, (1, context), generator=torch.Generator().manual_seed(1))
+    text = "\n".join(python_corpus(12_000_000).valid)[: 20 * context]
+    return torch.tensor([token_ids(load_tokenizer(checkpoint), [text])[0][:context]])
 
 
 def versions() -> dict[str, str | int]:

@@ -58,26 +58,28 @@ class Decoder:
         table = plan.model.model.rope(0, capacity)
         self.cos, self.sin = (part.to(plan.dtype).repeat_interleave(2, dim=-1) for part in table)
 
-    def places(self, starts: Sequence[int], length: int) -> Places:
+    def places(self, starts: Sequence[int], length: int, only_last: bool = False) -> Places:
         """Positions starts[i] .. starts[i] + length - 1 of each row. ValueError beyond the capacity."""
         if (end := max(starts) + length) > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache of {self.capacity}")
-        device, lengths = self.cos.device, None
+        device, n_heads, lengths, mask = self.cos.device, self.plan.config.num_attention_heads, None, None
         if self.plan.attend is not None:
             lengths = torch.tensor([start + length for start in starts], dtype=torch.int32, device=device)
         if len(starts) == 1:
-            mask = None if length == 1 else self.cos.new_full((length, end), -math.inf).triu_(starts[0] + 1)
-            mask = mask if mask is None else mask[None, :, None]
             cos, sin = self.cos[starts[0] : end], self.sin[starts[0] : end]
-            return Places(cos, sin, cos[:, None], sin[:, None], starts[0], None, None, end, mask, lengths)
+            if length > 1 and not only_last:
+                mask = self.cos.new_full((length, end), -math.inf).triu_(starts[0] + 1)
+                mask = mask.repeat_interleave(n_heads, 0).unsqueeze(0)
+            of_q = [part[-1:, None] if only_last else part[:, None] for part in (cos, sin)]
+            return Places(cos, sin, *of_q, starts[0], None, None, end, mask, only_last, lengths)
         rows, offsets = torch.arange(len(starts), device=device), torch.arange(length, device=device)
         positions = torch.tensor(starts, device=device)[:, None] + offsets
         unseen = torch.arange(end, device=device) > positions[..., None]  # (B, T, end)
         mask = torch.zeros(unseen.shape, dtype=self.plan.dtype, device=device).masked_fill_(unseen, -math.inf)
+        mask = mask.repeat_interleave(n_heads, 1)
         cos, sin = self.cos[positions.flatten()], self.sin[positions.flatten()]
-        return Places(
-            cos, sin, cos[:, None], sin[:, None], starts[0], rows[:, None], positions, end, mask.unsqueeze(2), lengths
-        )
+        of_q = cos[:, None], sin[:, None]
+        return Places(cos, sin, *of_q, starts[0], rows[:, None], positions, end, mask, False, lengths)
 
     def step(self, ids: Tensor, starts: Sequence[int]) -> Tensor:
         """New tokens (B, T), row i from position starts[i] on -> normed hidden states (B, T, D)."""
@@ -87,11 +89,14 @@ class Decoder:
             x = mlp(attention(x, cache, at))
         return (plan.unit(x) * plan.unit.gain).view(*ids.shape, -1)
 
-    def mtp_step(self, depth: int, h: Tensor, ids: Tensor, starts: Sequence[int]) -> Tensor:
-        """States (B, T, D) from position starts[i] on, and the tokens (B, T) that follow them -> (B, T, D)."""
+    def mtp_step(self, depth: int, h: Tensor, ids: Tensor, starts: Sequence[int], only_last: bool = False) -> Tensor:
+        """States (B, T, D) from position starts[i] on, and the tokens (B, T) that follow them -> (B, T, D).
+
+        only_last: of one row, the last state alone, (1, 1, D); the others just enter the cache.
+        """
         cache = self.caches[len(self.plan.layers) + depth]
-        at = self.places(starts, ids.shape[1])
-        return self.plan.mtp[depth](h.flatten(0, 1), ids.flatten(), cache, at).view_as(h)
+        at = self.places(starts, ids.shape[1], only_last)
+        return self.plan.mtp[depth](h.flatten(0, 1), ids.flatten(), cache, at).view(len(h), -1, h.shape[-1])
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Whole prompts (B, T) from position 0, through the model itself -> normed hidden states (B, T, D).

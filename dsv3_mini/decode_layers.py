@@ -53,7 +53,8 @@ class Places(NamedTuple):
     rows: Tensor | None  # (B, 1), of the cache; None where there is one row
     positions: Tensor | None  # (B, T), of the cache
     end: int  # cached positions that are read
-    mask: Tensor | None  # (B, T, 1, end), minus infinity where a query may not look
+    mask: Tensor | None  # (B, T * H, end), minus infinity where a query may not look
+    only_last: bool = False  # of one row: the other new tokens are put into the cache, and no more
     lengths: Tensor | None = None  # (B,) int32, cached positions with the new ones; only for an `Attend` of your own
 
 
@@ -63,7 +64,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of your own, see 
 class AttentionStep:
     """MLA for a few new tokens a row, absorbed, over a cache (B, capacity, C + rope) that is written in place.
 
-    call: the residual stream (B * T, D), the cache, the places -> the stream, with the output added in place.
+    call: the residual stream (B * T, D), the cache, the places -> the stream (of the last token
+    if the places say so), with the output added in place.
     kernel: takes the place of `attend`, see `DecodePlan`.
     """
 
@@ -85,6 +87,8 @@ class AttentionStep:
     def __call__(self, x: Tensor, cache: Tensor, at: Places) -> Tensor:
         q, c_kv, k_pe, k_turned = (self.unit(x) @ self.down).split_with_sizes(self.parts, dim=-1)
         self.write(c_kv, torch.addcmul(k_pe * at.cos, k_turned, at.sin), cache, at)
+        if at.only_last:
+            x, q = x[-1:], q[-1:]
         q_c, q_pe = self.queries(q, at)
         if self.kernel is None:
             z = self.attend(torch.cat((q_c, q_pe), dim=-1), cache[:, : at.end], at.mask)  # (H, B * T, C)
@@ -113,9 +117,8 @@ class AttentionStep:
     def attend(self, q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         """Weighted sums of the latents: all heads and queries of a row are one matrix product. (H, B * T, C)"""
         h, _, _, c = self.sizes
-        scores = torch.bmm(q.view(len(keys), -1, q.shape[-1]), keys.transpose(1, 2))  # (B, T * H, S)
-        if mask is not None:
-            scores = (scores.unflatten(1, (-1, h)) + mask).flatten(1, 2)
+        q, keys_t = q.view(len(keys), -1, q.shape[-1]), keys.transpose(1, 2)
+        scores = torch.bmm(q, keys_t) if mask is None else torch.baddbmm(mask, q, keys_t)  # (B, T * H, S)
         return torch.bmm(scores.softmax(-1), keys[..., :c]).view(-1, h, c).transpose(0, 1)
 
 
