@@ -5,8 +5,10 @@ import time
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from dsv3_mini.bench import (
+    bench_prompt,
     bytes_per_token,
     compare_with_transformers,
     decoding_only,
@@ -16,6 +18,7 @@ from dsv3_mini.bench import (
     transformers_twin,
 )
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.data import python_corpus, train_tokenizer
 from dsv3_mini.decode import DecodePlan
 from dsv3_mini.generate import generate
 from dsv3_mini.model import DeepSeekV3
@@ -55,6 +58,21 @@ def test_bytes_of_a_step_count_chosen_experts_only():
     attention = d * (h * (n + 2 * r) + c + 2 * r) + h * c * (n + v) + h * v * d
     experts = 16 * d + (4 + 1) * 3 * f * d
     assert found == {"weights": 4 * (attention + experts + 1024 * d), "cache": 4 * 10 * (c + r)}
+
+
+def test_a_checkpoint_is_measured_on_text_it_has_not_read_and_with_drafts(tmp_path, monkeypatch):
+    corpus = python_corpus(200_000)
+    monkeypatch.setattr("dsv3_mini.bench.python_corpus", lambda max_bytes: corpus)
+    monkeypatch.setattr("dsv3_mini.bench.training_sides", lambda config: {"ours": lambda: 1, "transformers": lambda: 1})
+    train_tokenizer(corpus.train, 1024).save(str(tmp_path / "tokenizer.json"))
+    config = ModelConfig.preset("nano", num_hidden_layers=1)
+    DeepSeekV3(config).save_pretrained(tmp_path)
+    ids = bench_prompt(config, tmp_path, 50)
+    text = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode(ids[0].tolist())
+    assert ids.shape == (1, 50) and "\n".join(corpus.valid).startswith(text[:-1])
+    found = compare_with_transformers(checkpoint=tmp_path, rounds=1, new_tokens=5, contexts=(50,))["measured"]
+    row = found["greedy decoding at 50"]
+    assert 0 <= row["acceptance"] <= 1 and row["speculative_ratio"] == row["speculative"] / row["transformers"]
 
 
 def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
