@@ -48,17 +48,32 @@ def training_sides(config: ModelConfig) -> dict[str, Callable[[], int]]:
     }
 
 
-def decoding_only(write: Callable[[int], object], new_tokens: int) -> Callable[[], tuple[int, float]]:
-    """A side of `time_in_turn`: write(n) continues a prompt by n tokens; prefill and first token are subtracted."""
+def decoding_only(write: Callable[[int, Callable], object], new_tokens: int) -> Callable[[], tuple[int, float]]:
+    """A side of `time_in_turn`: write(n, note) continues a prompt by n tokens and calls note at each of them.
+
+    The clock runs from the third token on, so that no prefill is counted, of the main model or of the MTP layer.
+    """
 
     def work() -> tuple[int, float]:
-        started = time.perf_counter()
-        write(1)
-        middle = time.perf_counter()
-        write(new_tokens + 1)
-        return new_tokens, max(time.perf_counter() - middle - (middle - started), 1e-9)
+        times: list[float] = []
+        write(new_tokens + 3, lambda *_: times.append(time.perf_counter()))
+        return new_tokens, times[-1] - times[2]
 
     return work
+
+
+class Listener:
+    """What transformers' `generate` takes as a streamer: it is given the prompt (1, T) first, then each token (1,)."""
+
+    def __init__(self, note: Callable):
+        self.note = note
+
+    def put(self, ids: torch.Tensor) -> None:
+        if ids.dim() == 1:
+            self.note()
+
+    def end(self) -> None:
+        pass
 
 
 def decoding_sides(model: DeepSeekV3, prompt: torch.Tensor, new_tokens: int) -> dict[str, Callable]:
@@ -67,13 +82,14 @@ def decoding_sides(model: DeepSeekV3, prompt: torch.Tensor, new_tokens: int) -> 
     The plan is made before the clock starts, as the twin is.
     """
     twin, plan = transformers_twin(model), DecodePlan(model)
-    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    writers = {
-        "ours": lambda n: generate(plan, prompt, n, stop=()),
-        "transformers": lambda n: twin.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options),
-    }
+
+    def theirs(n: int, note: Callable) -> None:
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "streamer": Listener(note)}
+        twin.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options)
+
+    writers = {"ours": lambda n, note: generate(plan, prompt, n, stop=(), on_token=note), "transformers": theirs}
     if model.mtp_layers:
-        writers["speculative"] = lambda n: generate(plan, prompt, n, stop=(), speculative=True)
+        writers["speculative"] = lambda n, note: generate(plan, prompt, n, stop=(), speculative=True, on_token=note)
     return {name: decoding_only(write, new_tokens) for name, write in writers.items()}
 
 
@@ -124,7 +140,7 @@ def compare_with_transformers(
         raise ValueError(f"{rounds=}, {new_tokens=} and contexts={list(contexts)} must be 1 or more")
     started, model = time.perf_counter(), open_model(preset, checkpoint)
     config = model.config
-    if (longest := max(contexts) + new_tokens + 1) > config.max_position_embeddings:
+    if (longest := max(contexts) + new_tokens + 3) > config.max_position_embeddings:
         raise ValueError(f"{longest} positions are needed; max_position_embeddings is {config.max_position_embeddings}")
     measured = {"training step": with_ratios(time_in_turn(training_sides(config), rounds))}
     for context in contexts:

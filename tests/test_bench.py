@@ -31,9 +31,15 @@ def test_sides_are_measured_in_turn_after_a_warm_up_and_the_median_counts():
     assert calls == ["a", "b"] * 4
 
 
-def test_prefill_is_subtracted():
-    tokens, seconds = decoding_only(lambda n: time.sleep(0.05 + 0.002 * n), 20)()
-    assert tokens == 20 and 0.03 < seconds < 0.08
+def test_the_clock_starts_after_prefill():
+    def write(n, note):
+        time.sleep(0.3)
+        for _ in range(n):
+            time.sleep(0.002)
+            note([5])
+
+    tokens, seconds = decoding_only(write, 20)()
+    assert tokens == 20 and 0.03 < seconds < 0.25
 
 
 def test_twin_computes_the_same_logits():
@@ -47,7 +53,9 @@ def test_both_sides_write_the_tokens_asked_for(monkeypatch):
     model, counts = DeepSeekV3(ModelConfig.preset("nano", num_hidden_layers=1)), []
     monkeypatch.setattr("dsv3_mini.bench.generate", lambda *a, **k: counts.append(generate(*a, **k).tokens.shape[1]))
     sides = decoding_sides(model, torch.tensor([[5, 6, 7]]), 4)
-    assert [side()[0] for side in sides.values()] == [4, 4, 4] and counts == [1, 5, 1, 5]
+    measured = [side() for side in sides.values()]
+    assert [tokens for tokens, _ in measured] == [4, 4, 4] and counts == [7, 7]
+    assert all(0 < seconds < 5 for _, seconds in measured)
 
 
 def test_bytes_of_a_step_count_chosen_experts_only():
