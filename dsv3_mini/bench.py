@@ -13,8 +13,10 @@ from torch import nn
 
 from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.data import python_corpus, token_ids
 from dsv3_mini.decode import DecodePlan
-from dsv3_mini.generate import generate
+from dsv3_mini.decode_layers import MoEStep
+from dsv3_mini.generate import generate, load_tokenizer
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.peer import time_in_turn, transformers_twin
 
@@ -46,17 +48,32 @@ def training_sides(config: ModelConfig) -> dict[str, Callable[[], int]]:
     }
 
 
-def decoding_only(write: Callable[[int], object], new_tokens: int) -> Callable[[], tuple[int, float]]:
-    """A side of `time_in_turn`: write(n) continues a prompt by n tokens; prefill and first token are subtracted."""
+def decoding_only(write: Callable[[int, Callable], object], new_tokens: int) -> Callable[[], tuple[int, float]]:
+    """A side of `time_in_turn`: write(n, note) continues a prompt by n tokens and calls note at each of them.
+
+    The clock runs from the third token on, so that no prefill is counted, of the main model or of the MTP layer.
+    """
 
     def work() -> tuple[int, float]:
-        started = time.perf_counter()
-        write(1)
-        middle = time.perf_counter()
-        write(new_tokens + 1)
-        return new_tokens, max(time.perf_counter() - middle - (middle - started), 1e-9)
+        times: list[float] = []
+        write(new_tokens + 3, lambda *_: times.append(time.perf_counter()))
+        return new_tokens, times[-1] - times[2]
 
     return work
+
+
+class Listener:
+    """What transformers' `generate` takes as a streamer: it is given the prompt (1, T) first, then each token (1,)."""
+
+    def __init__(self, note: Callable):
+        self.note = note
+
+    def put(self, ids: torch.Tensor) -> None:
+        if ids.dim() == 1:
+            self.note()
+
+    def end(self) -> None:
+        pass
 
 
 def decoding_sides(model: DeepSeekV3, prompt: torch.Tensor, new_tokens: int) -> dict[str, Callable]:
@@ -65,13 +82,14 @@ def decoding_sides(model: DeepSeekV3, prompt: torch.Tensor, new_tokens: int) -> 
     The plan is made before the clock starts, as the twin is.
     """
     twin, plan = transformers_twin(model), DecodePlan(model)
-    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    writers = {
-        "ours": lambda n: generate(plan, prompt, n, stop=()),
-        "transformers": lambda n: twin.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options),
-    }
+
+    def theirs(n: int, note: Callable) -> None:
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "streamer": Listener(note)}
+        twin.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options)
+
+    writers = {"ours": lambda n, note: generate(plan, prompt, n, stop=(), on_token=note), "transformers": theirs}
     if model.mtp_layers:
-        writers["speculative"] = lambda n: generate(plan, prompt, n, stop=(), speculative=True)
+        writers["speculative"] = lambda n, note: generate(plan, prompt, n, stop=(), speculative=True, on_token=note)
     return {name: decoding_only(write, new_tokens) for name, write in writers.items()}
 
 
@@ -89,11 +107,11 @@ def bytes_per_token(plan: DecodePlan, context: int) -> dict[str, int]:
     for attention, mlp in plan.layers:
         weights += [attention.down, attention.w_uk, attention.w_uv, attention.out]
         weights += [attention.q_up] if attention.q_up is not None else []
-        if isinstance(mlp.down, torch.Tensor):
-            weights += [mlp.up, mlp.down]
-        else:
-            n_used = plan.config.num_experts_per_tok + len(mlp.down) - mlp.n_routed
+        if isinstance(mlp, MoEStep):
+            n_used = plan.config.num_experts_per_tok + len(mlp.always)
             weights += [mlp.gate, *mlp.gate_up[-n_used:], *mlp.down[-n_used:]]
+        else:
+            weights += [mlp.up, mlp.down]
     c = plan.config
     per_position = len(plan.layers) * (c.kv_lora_rank + c.qk_rope_head_dim) * plan.head.itemsize
     return {"weights": sum(weight.nbytes for weight in weights), "cache": context * per_position}
@@ -114,20 +132,24 @@ def compare_with_transformers(
 ) -> dict:
     """Training step and greedy decoding of both implementations on the same weights, float32, in turn.
 
-    checkpoint: a trained folder instead of random weights of a preset; only then is speculation measured, since
-    drafts of random weights are worth nothing. contexts: prompt lengths. ValueError for what does not fit the model.
+    checkpoint: a trained folder instead of random weights of a preset, and real text as prompt; only then is
+    speculation measured, since drafts of random weights are worth nothing. contexts: prompt lengths. ValueError for
+    what does not fit the model.
     """
     if rounds < 1 or new_tokens < 1 or min(contexts, default=0) < 1:
         raise ValueError(f"{rounds=}, {new_tokens=} and contexts={list(contexts)} must be 1 or more")
     started, model = time.perf_counter(), open_model(preset, checkpoint)
     config = model.config
-    if (longest := max(contexts) + new_tokens + 1) > config.max_position_embeddings:
+    if (longest := max(contexts) + new_tokens + 3) > config.max_position_embeddings:
         raise ValueError(f"{longest} positions are needed; max_position_embeddings is {config.max_position_embeddings}")
     measured = {"training step": with_ratios(time_in_turn(training_sides(config), rounds))}
     for context in contexts:
-        prompt = torch.randint(5, config.vocab_size, (1, context), generator=torch.Generator().manual_seed(1))
+        prompt = bench_prompt(config, checkpoint, context)
         speeds = time_in_turn(decoding_sides(model, prompt, new_tokens), rounds)
         measured[f"greedy decoding at {context}"] = with_ratios(speeds)
+        if model.mtp_layers:
+            drafts = generate(model, prompt, new_tokens + 1, stop=(), speculative=True)
+            measured[f"greedy decoding at {context}"]["acceptance"] = drafts.accepted / drafts.drafted
     plan = DecodePlan(model)
     needed = {str(context): bytes_per_token(plan, context) for context in contexts}
     bandwidth = read_bandwidth(needed[str(min(contexts))]["weights"])
@@ -146,6 +168,14 @@ def open_model(preset: str, checkpoint: str | os.PathLike | None) -> DeepSeekV3:
     config = ModelConfig.preset(preset, num_nextn_predict_layers=0, initializer_range=0.02)
     torch.manual_seed(0)
     return DeepSeekV3(config).eval()
+
+
+def bench_prompt(config: ModelConfig, checkpoint: str | os.PathLike | None, context: int) -> torch.Tensor:
+    """(1, context) tokens: Python that a trained folder has not read, or random ones."""
+    if checkpoint is None:
+        return torch.randint(5, config.vocab_size, (1, context), generator=torch.Generator().manual_seed(1))
+    text = "\n".join(python_corpus(12_000_000).valid)[: 20 * context]
+    return torch.tensor([token_ids(load_tokenizer(checkpoint), [text])[0][:context]])
 
 
 def versions() -> dict[str, str | int]:

@@ -73,8 +73,8 @@ class Texts:
 
     def window(self, starts: Sequence[int], length: int, drafts: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Tokens starts[i] .. starts[i] + length - 1 of each row and its drafts, 0 beyond their end: (B, length)."""
-        rows = self.ids if drafts is None else [ids + list(more) for ids, more in zip(self.ids, drafts, strict=True)]
-        cut = [row[start : start + length] for row, start in zip(rows, starts, strict=True)]
+        rows = zip(self.ids, starts, drafts or [()] * len(starts), strict=True)
+        cut = [[*ids[start : start + length], *more][:length] for ids, start, more in rows]
         return torch.tensor([row + [0] * (length - len(row)) for row in cut])
 
 
@@ -112,7 +112,8 @@ class Drafter:
         ids = ids.to(self.decoder.plan.device)
         if self.starts is None:
             return self.decoder.mtp_prefill(depth, h, ids)
-        return self.decoder.mtp_step(depth, h, ids, starts)
+        only_last = len(h) == 1 and self.n_layers == 1  # the newest state is all that a draft needs
+        return self.decoder.mtp_step(depth, h, ids, starts, only_last)
 
     def draft(self, texts: Texts, h: Tensor, sampler: Sampler) -> tuple[list[list[int]], list[Tensor | None]]:
         """The main model's new states (B, T, D), from the first unverified position on -> each row's drafts, and
@@ -120,7 +121,8 @@ class Drafter:
         last = [len(ids) - 2 for ids in texts.ids]  # position of the newest state
         starts = self.starts or [[0] * len(h)] * self.n_layers
         new = self.run(0, h, texts.window([s + 1 for s in starts[0]], h.shape[1]), starts[0])
-        state = pick(new, [end - start for end, start in zip(last, starts[0], strict=True)])  # (B, D)
+        newest = [end - start for end, start in zip(last, starts[0], strict=True)]
+        state = new[:, -1] if len(h) == 1 else pick(new, newest)  # (B, D)
         tokens, q = sampler.choose(self.decoder.logits(state))
         drafts, qs = [[token] for token in tokens], [q]
         if self.n_drafts == 2:

@@ -5,8 +5,10 @@ import time
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from dsv3_mini.bench import (
+    bench_prompt,
     bytes_per_token,
     compare_with_transformers,
     decoding_only,
@@ -16,6 +18,7 @@ from dsv3_mini.bench import (
     transformers_twin,
 )
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.data import python_corpus, train_tokenizer
 from dsv3_mini.decode import DecodePlan
 from dsv3_mini.generate import generate
 from dsv3_mini.model import DeepSeekV3
@@ -28,9 +31,15 @@ def test_sides_are_measured_in_turn_after_a_warm_up_and_the_median_counts():
     assert calls == ["a", "b"] * 4
 
 
-def test_prefill_is_subtracted():
-    tokens, seconds = decoding_only(lambda n: time.sleep(0.05 + 0.002 * n), 20)()
-    assert tokens == 20 and 0.03 < seconds < 0.08
+def test_the_clock_starts_after_prefill():
+    def write(n, note):
+        time.sleep(0.3)
+        for _ in range(n):
+            time.sleep(0.002)
+            note([5])
+
+    tokens, seconds = decoding_only(write, 20)()
+    assert tokens == 20 and 0.03 < seconds < 0.25
 
 
 def test_twin_computes_the_same_logits():
@@ -44,7 +53,9 @@ def test_both_sides_write_the_tokens_asked_for(monkeypatch):
     model, counts = DeepSeekV3(ModelConfig.preset("nano", num_hidden_layers=1)), []
     monkeypatch.setattr("dsv3_mini.bench.generate", lambda *a, **k: counts.append(generate(*a, **k).tokens.shape[1]))
     sides = decoding_sides(model, torch.tensor([[5, 6, 7]]), 4)
-    assert [side()[0] for side in sides.values()] == [4, 4, 4] and counts == [1, 5, 1, 5]
+    measured = [side() for side in sides.values()]
+    assert [tokens for tokens, _ in measured] == [4, 4, 4] and counts == [7, 7]
+    assert all(0 < seconds < 5 for _, seconds in measured)
 
 
 def test_bytes_of_a_step_count_chosen_experts_only():
@@ -55,6 +66,21 @@ def test_bytes_of_a_step_count_chosen_experts_only():
     attention = d * (h * (n + 2 * r) + c + 2 * r) + h * c * (n + v) + h * v * d
     experts = 16 * d + (4 + 1) * 3 * f * d
     assert found == {"weights": 4 * (attention + experts + 1024 * d), "cache": 4 * 10 * (c + r)}
+
+
+def test_a_checkpoint_is_measured_on_text_it_has_not_read_and_with_drafts(tmp_path, monkeypatch):
+    corpus = python_corpus(200_000)
+    monkeypatch.setattr("dsv3_mini.bench.python_corpus", lambda max_bytes: corpus)
+    monkeypatch.setattr("dsv3_mini.bench.training_sides", lambda config: {"ours": lambda: 1, "transformers": lambda: 1})
+    train_tokenizer(corpus.train, 1024).save(str(tmp_path / "tokenizer.json"))
+    config = ModelConfig.preset("nano", num_hidden_layers=1)
+    DeepSeekV3(config).save_pretrained(tmp_path)
+    ids = bench_prompt(config, tmp_path, 50)
+    text = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode(ids[0].tolist())
+    assert ids.shape == (1, 50) and "\n".join(corpus.valid).startswith(text[:-1])
+    found = compare_with_transformers(checkpoint=tmp_path, rounds=1, new_tokens=5, contexts=(50,))["measured"]
+    row = found["greedy decoding at 50"]
+    assert 0 <= row["acceptance"] <= 1 and row["speculative_ratio"] == row["speculative"] / row["transformers"]
 
 
 def test_command_prints_a_table_and_writes_json(tmp_path, capsys):

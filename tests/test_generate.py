@@ -17,8 +17,10 @@ from dsv3_mini.completion import Completer, TextStream
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import BOS, FIM_BEGIN, FIM_END, FIM_HOLE, train_tokenizer
 from dsv3_mini.decode import DecodePlan, Decoder
+from dsv3_mini.decode_layers import choose_experts
 from dsv3_mini.generate import generate, load_tokenizer, stream
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.moe import group_limited_topk
 from dsv3_mini.sampling import accept_draft, draw, next_distribution
 
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.5}
@@ -119,6 +121,14 @@ def test_an_attention_of_your_own_gets_all_it_needs(model, plan, n_rows):
     assert generate(own, PROMPTS, 9, speculative=2).tokens.equal(generate(plan, PROMPTS, 9).tokens)
 
 
+@pytest.mark.parametrize("top_two", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (3, 2), (4, 3), (6, 4)])
+def test_experts_chosen_in_lists_are_those_chosen_in_tensors(groups, top_two):
+    scores = torch.rand(50, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
+    expected = group_limited_topk(scores, 5, *groups, top_two).tolist()
+    assert [choose_experts(row, 5, *groups, top_two) for row in scores.tolist()] == expected
+
+
 def test_mtp_step_computes_the_modules_states(model, plan):
     ids = torch.randint(23, (1, 12))
     h, layer, rope = model.model(ids), model.mtp_layers[0], model.model.rope(0, 11)
@@ -126,6 +136,16 @@ def test_mtp_step_computes_the_modules_states(model, plan):
     decoder = Decoder(plan, 1, 12, n_mtp=1)
     decoder.mtp_prefill(0, h[:, :8], ids[:, 1:9])
     torch.testing.assert_close(decoder.mtp_step(0, h[:, 8:11], ids[:, 9:], [8]), expected[:, 8:], rtol=1e-9, atol=1e-9)
+
+
+def test_mtp_step_of_the_last_state_alone_fills_the_cache_all_the_same(model, plan):
+    h, ids, found = model.model(torch.randint(23, (1, 9))), torch.randint(23, (1, 9)), []
+    for only_last in (False, True):
+        decoder = Decoder(plan, 1, 12, n_mtp=1)
+        first = decoder.mtp_step(0, h[:, :5], ids[:, :5], [0], only_last)
+        found.append((decoder.caches[-1], first[:, -1:], decoder.mtp_step(0, h[:, 5:], ids[:, 5:], [5])))
+    assert first.shape == (1, 1, 36)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 def test_a_step_forgets_what_stood_behind_it(model, plan):
