@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from dsv3_mini.balance import BiasBalancer
 from dsv3_mini.checkpoint import write_json
+from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import bits_per_byte
 from dsv3_mini.dataset import Dataset, Stream, prepare
 from dsv3_mini.evaluate import continue_ids, validation_loss
@@ -80,8 +81,16 @@ class Run:
     step: int = 0
 
 
-def start_run(options: TrainOptions, out: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Run:
-    """Check the request, read the text, build the model from the seed. Nothing is written yet."""
+def start_run(
+    options: TrainOptions,
+    out: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    build: Callable[[ModelConfig], nn.Module] = DeepSeekV3,
+) -> Run:
+    """Check the request, read the text, build the model from the seed. Nothing is written yet.
+
+    build: what makes a model of a config; one without `mtp_layers` needs mtp_weight=0.
+    """
     config, folder = options.config(), Path(out)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed for the run")
@@ -89,7 +98,7 @@ def start_run(options: TrainOptions, out: str | os.PathLike, tokenizer: Tokenize
     if options.batch_size > len(data.train):
         raise ValueError(f"batch_size={options.batch_size} exceeds the {len(data.train)} windows that the text gives")
     torch.manual_seed(options.seed)
-    model = DeepSeekV3(config)
+    model = build(config)
     if options.embedding_std:
         nn.init.normal_(model.model.embed_tokens.weight, std=options.embedding_std)
     model.to(options.device)
@@ -174,15 +183,18 @@ def save_run(run: Run) -> None:
     Snapshot(run.step, run.options, run.data.corpus.sha256, tokenizer, tensors).save(run.out)
 
 
-def load_run(out: str | os.PathLike, options: TrainOptions | None = None) -> Run:
+def load_run(
+    out: str | os.PathLike, options: TrainOptions | None = None, build: Callable[[ModelConfig], nn.Module] = DeepSeekV3
+) -> Run:
     """The run of a folder as its last checkpoint left it; log lines written after that are cut off.
 
     options: what the caller believes that the run was started with; ValueError if it was not, or if the text changed.
+    build: as in `start_run`.
     """
     folder = Path(out)
     snapshot = Snapshot.load(folder)
     check_same_options(options or snapshot.options, snapshot.options)
-    run = start_run(snapshot.options, folder, Tokenizer.from_str(snapshot.tokenizer))
+    run = start_run(snapshot.options, folder, Tokenizer.from_str(snapshot.tokenizer), build)
     if run.data.corpus.sha256 != snapshot.corpus:
         raise ValueError(f"{folder}: the text of {run.options.data} has changed since the checkpoint; resume needs it")
     targets = unique_tensors(run.model) | {f"average {k}": v for k, v in run.average.values.items()}
