@@ -202,7 +202,8 @@ def measure_counts(data: Dataset, vocab_size: int, windows: Tensor, heads: Seque
     texts, five = data.corpus.valid, ngrams["5-gram"]
     truth = {head: text[text.index(head) + len(head) :] for text in texts for head in heads if head in text}
     filled = [
-        first_choices(five, torch.tensor([[BOS, *prefix, *middle]]))[0, -len(middle) :].tolist() == [*middle]
+        first_choices(five, torch.tensor([[*[BOS] * five.order, *prefix, *middle]]))[0, -len(middle) :].tolist()
+        == [*middle]
         for prefix, middle, _ in holes
     ]
     return {

@@ -70,7 +70,7 @@ class NGrams:
 
 def look_up(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
     """The value of each wanted key among sorted `keys`, 0 for a key that is not there."""
-    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    place = torch.searchsorted(keys, wanted.contiguous()).clamp(max=len(keys) - 1)
     return torch.where(keys[place] == wanted, values[place], 0)
 
 
