@@ -148,9 +148,8 @@ def bench(options: argparse.Namespace) -> None:
 
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
-    parser.add_argument(
-        "name", help="attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano or training_speed"
-    )
+    names = "attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano, mini, plain or training_speed"
+    parser.add_argument("name", help=names)
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 

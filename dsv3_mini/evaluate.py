@@ -9,7 +9,7 @@ import lzma
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -181,15 +181,15 @@ def infill_exact_match(model: DeepSeekV3, found: Sequence[tuple], see_suffix: bo
 
 
 def measure_model(model: nn.Module, data: Dataset, windows: Tensor, heads: Sequence[str], holes: Sequence) -> dict:
-    """{measure: {way: value}} of one model."""
+    """{measure: {who: value}} of the model."""
     bits = bits_per_byte(validation_loss(model, windows, 16, len(windows)), 1, data.bytes_per_token)
     return {
-        "bits per byte": {"": bits},
-        "next token": {"": next_token_accuracy(model, windows)},
-        "body parses": {"": valid_share(write_together(model, data.tokenizer, heads).get, heads)},
+        "bits per byte": {"model": bits},
+        "next token": {"model": next_token_accuracy(model, windows)},
+        "body parses": {"model": valid_share(write_together(model, data.tokenizer, heads).get, heads)},
         "gap filled": {
-            ", left to right": infill_exact_match(model, holes, see_suffix=False),
-            ", both sides": infill_exact_match(model, holes),
+            "model, left to right": infill_exact_match(model, holes, see_suffix=False),
+            "model, both sides": infill_exact_match(model, holes),
         },
     }
 
@@ -218,24 +218,13 @@ def measure_counts(data: Dataset, vocab_size: int, windows: Tensor, heads: Seque
     }
 
 
-def evaluate(
-    model: DeepSeekV3,
-    data: Dataset,
-    max_windows: int = 256,
-    n_heads: int = 100,
-    n_gaps: int = 200,
-    others: Mapping[str, nn.Module] | None = None,
-) -> dict[str, dict[str, float]]:
+def evaluate(model: nn.Module, data: Dataset, max_windows: int = 256, n_heads: int = 100, n_gaps: int = 200) -> dict:
     """A model and simpler things on text that none of them has read: {measure: {who: value}}.
 
     Bits per byte of the text, share of next tokens guessed, of function bodies that parse, of gaps filled exactly.
-    others: further models by name, asked the same.
     """
     windows = data.valid[:: max(1, len(data.valid) // max_windows)]
     heads = function_heads(data.corpus.valid, n_heads)
     asked = windows, heads, gaps(data.tokenizer, data.corpus.valid, n_gaps, windows.shape[1] // 2)
-    results = measure_counts(data, model.config.vocab_size, *asked)
-    for name, network in {"model": model, **(others or {})}.items():
-        for measure, ways in measure_model(network, data, *asked).items():
-            results[measure] |= {name + way: value for way, value in ways.items()}
-    return results
+    counted, measured = measure_counts(data, model.config.vocab_size, *asked), measure_model(model, data, *asked)
+    return {measure: values | measured[measure] for measure, values in counted.items()}
