@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from dsv3_mini.accounting import count_parameters
 from dsv3_mini.baseline import LanguageModel
