@@ -49,17 +49,9 @@ def compressed_bits_per_byte(texts: Sequence[str]) -> dict[str, float]:
 
 
 def function_heads(texts: Sequence[str], count: int) -> list[str]:
-    """First lines of functions at column 0, one a text at most, from texts that the model has not read."""
-    found = (re.search(r"^def \w+\([^\n]*\):\n", text, re.M) for text in texts)
-    return [match[0] for match in found if match][:count]
-
-
-def complete_statements(text: str, finished: bool) -> str:
-    """The text up to the first line that leaves the function; its last line is cut unless the text is finished."""
-    lines = text.splitlines(keepends=True)
-    lines = lines if finished or not lines else lines[:-1]
-    body = next((i for i, line in enumerate(lines) if i and line[:1] not in (" ", "\t", "\n", "#", ")")), len(lines))
-    return "".join(lines[:body])
+    """First lines of functions at column 0, four a text at most and none twice, from texts that were not read."""
+    found = (head for text in texts for head in re.findall(r"^def \w+\([^\n]*\):\n", text, re.M)[:4])
+    return list(dict.fromkeys(found))[:count]
 
 
 def is_python(code: str) -> bool:
@@ -71,6 +63,18 @@ def is_python(code: str) -> bool:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
     return code.count("\n") > 1
+
+
+def complete_statements(text: str, finished: bool) -> str:
+    """The text up to the first line that leaves the function; its last line is cut unless the text is finished.
+
+    A line that would leave it in the middle of a string or bracket does not, if a later one completes the function.
+    """
+    lines = text.splitlines(keepends=True)
+    lines = lines if finished or not lines else lines[:-1]
+    leaving = [i for i, line in enumerate(lines) if i and line[:1] not in (" ", "\t", "\n", "#", ")")]
+    cuts = ["".join(lines[:i]) for i in (*leaving, len(lines))]
+    return next((code for code in cuts if is_python(code)), cuts[0])
 
 
 def valid_share(write: Callable[[str], str], heads: Sequence[str]) -> float:
@@ -167,16 +171,19 @@ def would_write(model: nn.Module, prompts: Sequence, answers: Sequence, batch_si
     return hits
 
 
-def infill_exact_match(model: DeepSeekV3, found: Sequence[tuple], see_suffix: bool = True) -> float:
+def infill_exact_match(
+    model: nn.Module, found: Sequence[tuple], see_suffix: bool = True, must_end: bool = True
+) -> float:
     """Share of gaps that greedy decoding fills with exactly the tokens that stood there.
 
-    see_suffix=False asks for the same tokens from left to right, without the text behind the gap.
+    see_suffix=False asks for the same tokens from left to right, without the text behind the gap. With it, the end
+    token must follow, unless must_end=False asks for the tokens alone.
     """
     if see_suffix:
         prompts = [[BOS, FIM_BEGIN, *prefix, FIM_HOLE, *suffix, FIM_END] for prefix, _, suffix in found]
     else:
         prompts = [[BOS, *prefix] for prefix, _, _ in found]
-    answers = [[*middle, EOS] if see_suffix else middle for _, middle, _ in found]
+    answers = [[*middle, EOS] if see_suffix and must_end else middle for _, middle, _ in found]
     return sum(would_write(model, prompts, answers)) / len(found)
 
 
@@ -189,7 +196,8 @@ def measure_model(model: nn.Module, data: Dataset, windows: Tensor, heads: Seque
         "body parses": {"model": valid_share(write_together(model, data.tokenizer, heads).get, heads)},
         "gap filled": {
             "model, left to right": infill_exact_match(model, holes, see_suffix=False),
-            "model, both sides": infill_exact_match(model, holes),
+            "model, both sides": infill_exact_match(model, holes, must_end=False),
+            "model, and stops": infill_exact_match(model, holes),
         },
     }
 
@@ -200,7 +208,11 @@ def measure_counts(data: Dataset, vocab_size: int, windows: Tensor, heads: Seque
     loss = {name: -counts.log_probabilities(windows).mean().item() for name, counts in ngrams.items()}
     guessed = {name: (first_choices(n, windows) == windows[:, 1:]).float().mean().item() for name, n in ngrams.items()}
     texts, five = data.corpus.valid, ngrams["5-gram"]
-    truth = {head: text[text.index(head) + len(head) :] for text in texts for head in heads if head in text}
+    after = {head: text[text.index(head) + len(head) :] for text in texts for head in heads if head in text}
+    truth = {
+        head: data.tokenizer.decode(ids[:80])
+        for head, ids in zip(after, token_ids(data.tokenizer, [*after.values()]), strict=True)
+    }
     filled = [
         first_choices(five, torch.tensor([[*[BOS] * five.order, *prefix, *middle]]))[0, -len(middle) :].tolist()
         == [*middle]

@@ -97,6 +97,8 @@ def test_compressors_find_repetition_but_not_in_noise():
         ("def f():\n    return 1\nprint(2)\n", "def f():\n    return 1\n"),
         ("def f():\n    a = 1\n\n    b = (", "def f():\n    a = 1\n\n"),
         ("def f():\n    a = 1\n# note\ndef g", "def f():\n    a = 1\n# note\n"),
+        ('def f():\n    """a\nb\n    """\n    c\nd\n\n', 'def f():\n    """a\nb\n    """\n    c\n'),
+        ('def f():\n    """a\nb\nc\n', 'def f():\n    """a\n'),
     ],
 )
 def test_completion_ends_where_the_function_does(text, kept):
@@ -108,7 +110,7 @@ def test_validity_needs_a_body_and_a_parse_and_runs_nothing(tmp_path):
     assert is_python(f"def f():\n    open({str(marker)!r}, 'w')\n") and not marker.exists()
     assert not is_python("def f():\n    return (\n") and not is_python("def f():\n") and not is_python("def f():\n\0\n")
     assert not is_python("def f(): pass\n")
-    heads = function_heads(["import os\n\ndef f(x):\n    pass\n", "x = 1\n", "def g():\n  1\n"], 5)
+    heads = function_heads(["import os\n\ndef f(x):\n    pass\n", "x = 1\n", "def g():\n  1\ndef f(x):\n"], 5)
     assert heads == ["def f(x):\n", "def g():\n"]
     assert valid_share(lambda head: "    return 1\n    x" if "f" in head[4:6] else "    )\n\n", heads) == 0.5
 
@@ -136,6 +138,8 @@ def test_infill_asks_in_the_trained_order_and_wants_the_end(monkeypatch):
     assert asked[0] == ([BOS, FIM_BEGIN, 5, 6, FIM_HOLE, 7, FIM_END], [9, 8, EOS])
     infill_exact_match(None, found, see_suffix=False)
     assert asked[4] == ([BOS, 5], [9])
+    infill_exact_match(None, found, must_end=False)
+    assert asked[6] == (asked[0][0], [9, 8])
 
 
 def test_asking_whether_it_would_write_equals_writing():
@@ -198,4 +202,4 @@ def test_evaluation_at_once_equals_evaluation_one_by_one():
     assert results["gap filled"]["model, left to right"] == sum(hits) / 7
     assert results["body parses"]["5-gram"] == valid_share(ngram_writer(five, tokenizer), heads)
     assert results["bits per byte"]["model"] > results["bits per byte"]["unigram"] > results["bits per byte"]["5-gram"]
-    assert results["next token"]["5-gram"] > results["next token"]["unigram"] and len(results["gap filled"]) == 3
+    assert results["next token"]["5-gram"] > results["next token"]["unigram"] and len(results["gap filled"]) == 4
