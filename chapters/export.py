@@ -133,8 +133,20 @@ def tidy(notebook):
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
-            cell.outputs = [tidy_output(output, count) for output in cell.outputs if not is_volatile(output)]
+            kept = [tidy_output(output, count) for output in cell.outputs if not is_volatile(output)]
+            cell.outputs = join_streams(kept)
     return notebook
+
+
+def join_streams(outputs):
+    """One printed text a cell, however the kernel cut it into messages."""
+    joined = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def is_volatile(output):
@@ -149,8 +161,15 @@ def tidy_output(output, count):
     if "execution_count" in output:
         output.execution_count = count
     if "image/svg+xml" in output.get("data", {}):
-        output.data["image/svg+xml"] = re.sub(r"\s*<dc:date>.*?</dc:date>", "", output.data["image/svg+xml"])
+        output.data["image/svg+xml"] = lighter(output.data["image/svg+xml"])
     return output
+
+
+def lighter(svg):
+    """The same picture in fewer bytes: no metadata, no indentation, paths to a hundredth of a point."""
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(path[0].split())), svg)
+    return re.sub(r"\n +<", "\n<", svg)
 
 
 def written(notebook):

@@ -125,12 +125,18 @@ def add_bench(commands) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured, in turn")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens decoded after the first")
     parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="prompt lengths")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument(
+        "--kernels", action="store_true", help="instead: each Triton kernel against a library, on a GPU"
+    )
+    parser.add_argument("--only", default="", help="with --kernels: those whose name contains this")
+    parser.add_argument("--json", help="also write the figures to this file (--kernels: not to assets/benchmarks)")
     parser.set_defaults(run=bench)
 
 
 def bench(options: argparse.Namespace) -> None:
     """Print tokens a second and their ratio."""
+    if options.kernels:
+        return bench_kernels(options)
     from dsv3_mini.bench import compare_with_transformers
     from dsv3_mini.checkpoint import write_json
 
@@ -144,6 +150,17 @@ def bench(options: argparse.Namespace) -> None:
         print(f"{row['speculative']:13.0f}{row['speculative_ratio']:8.2f}" if "speculative" in row else "")
     if options.json:
         write_json(Path(options.json), figures)
+
+
+def bench_kernels(options: argparse.Namespace) -> None:
+    """Print a line a kernel and size; needs a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--kernels times Triton kernels on an NVIDIA GPU, and torch finds none on this machine")
+    from dsv3_mini.kernels.bench import benchmark
+
+    print("wrote", benchmark(Path(options.json) if options.json else None, only=options.only))
 
 
 def add_experiment(commands) -> None:
@@ -174,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

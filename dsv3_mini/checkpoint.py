@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsv3_mini.fp8_checkpoint import check_dtype, dequantise, stored_tensors
+
 # Is it the same 671 billion?
 
 
@@ -87,21 +89,23 @@ def save_weights(
 ) -> None:
     """Write a model's state dict in the published layout: one `model.safetensors`, or shards and their index.
 
-    dtype: what floating tensors are stored in (routing biases stay float32); None keeps them. documents: text files
-    to write with them, by name. Everything is written under temporary names first; on any error those are removed and
+    dtype: what floating tensors are stored in, as `stored_tensors` says; None keeps them. documents: text files to
+    write with them, by name. Everything is written under temporary names first; on any error those are removed and
     an older checkpoint is left whole.
     """
-    check_dtype(dtype)
+    check_dtype(dtype, saving=True)
     folder, tensors = make_folder(folder), published_state(state)
-    kinds = {name: stored_dtype(name, tensor, dtype) for name, tensor in tensors.items()}
-    sizes = {name: tensor.numel() * kinds[name].itemsize for name, tensor in tensors.items()}
+    stored = {name: stored_tensors(name, tensor.to("meta"), dtype) for name, tensor in tensors.items()}
+    sizes = {name: sum(part.nbytes for part in parts.values()) for name, parts in stored.items()}
     shards, texts = split_shards(sizes, max_shard_bytes), dict(documents or {})
     if len(shards) > 1:
-        texts[INDEX] = index_text(shards, sum(sizes.values()))
+        files = {file: [part for name in names for part in stored[name]] for file, names in shards.items()}
+        texts[INDEX] = index_text(files, sum(sizes.values()))
     partials = {file: folder / f"{file}.partial" for file in (*shards, *texts)}
     try:
         for file, names in shards.items():
-            shard = {name: tensors[name].detach().to("cpu", kinds[name]).contiguous().clone() for name in names}
+            shard = [stored_tensors(name, tensors[name].detach().cpu(), dtype) for name in names]
+            shard = {part: t.contiguous().clone() for parts in shard for part, t in parts.items()}
             save_file(shard, partials[file], metadata={"format": "pt"})
         for file, text in texts.items():
             partials[file].write_text(text, encoding="utf-8")
@@ -112,18 +116,6 @@ def save_weights(
     for file, partial in partials.items():
         partial.replace(folder / file)
     remove_other_weights(folder, partials.keys())
-
-
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """ValueError unless dtype is None or a floating type of 16 bits or more; FP8 needs scales beside it."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise ValueError(f"dtype={dtype!r} must be None or a floating type such as torch.bfloat16 or torch.float32")
-
-
-def stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type in which a tensor goes to disk."""
-    keep = dtype is None or not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
-    return tensor.dtype if keep else dtype
 
 
 def index_text(shards: dict[str, list[str]], total_size: int) -> str:
@@ -233,15 +225,6 @@ class Reader:
         if scaled:
             return dequantise(name, tensor, self.raw(f"{name}_scale_inv"), self.block, dtype or torch.bfloat16)
         return tensor if dtype is None else tensor.to(dtype)
-
-
-def dequantise(name: str, q: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """w = q * scale, block by block, in float32: `weight_scale_inv` is a factor in spite of its name."""
-    blocks = tuple(-(-n // block) for n in q.shape)  # rounded up: edge blocks may be partly empty
-    if scale.shape != blocks:
-        raise ValueError(f"{name}_scale_inv has shape {tuple(scale.shape)}, {tuple(q.shape)} needs {blocks}")
-    scale = scale.float().repeat_interleave(block, 0).repeat_interleave(block, 1)
-    return (q.float() * scale[: q.shape[0], : q.shape[1]]).to(dtype)
 
 
 def load_weights(

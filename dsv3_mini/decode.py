@@ -5,7 +5,7 @@ Generated from chapters/13_generation.ipynb; edit the chapter, not this file.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,20 +50,26 @@ class Places(NamedTuple):
     cos: Tensor  # (B * T, 1, rope), each value twice
     sin: Tensor
     start: int  # of the first row
-    positions: Tensor | None  # of the cache, (B, T); None where there is one row
+    rows: Tensor | None  # (B, 1), of the cache; None where there is one row
+    positions: Tensor | None  # (B, T), of the cache
     end: int  # cached positions that are read
     mask: Tensor | None  # (B, T, 1, end), minus infinity where a query may not look
+    lengths: Tensor | None = None  # (B,) int32, cached positions with the new ones; only for an `Attend` of your own
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of your own, see `DecodePlan`
 
 
 class AttentionStep:
     """MLA for a few new tokens a row, absorbed, over a cache (B, capacity, C + rope) that is written in place.
 
-    call: (B * T, D), the cache, the places -> (B * T, D), residual included.
+    call: (B * T, D), the cache, the places -> (B * T, D), residual included. kernel: takes the place of `attend`,
+    see `DecodePlan`.
     """
 
-    def __init__(self, norm: RMSNorm, attention: MLA, dtype: torch.dtype):
+    def __init__(self, norm: RMSNorm, attention: MLA, dtype: torch.dtype, kernel: Attend | None = None):
         h, n, r, c = attention.n_heads, attention.nope_dim, attention.rope_dim, attention.kv_lora_rank
-        self.sizes, compressed = (h, n, r, c), hasattr(attention, "q_a_proj")
+        self.sizes, self.kernel, compressed = (h, n, r, c), kernel, hasattr(attention, "q_a_proj")
         q = (attention.q_b_proj if compressed else attention.q_proj).weight.unflatten(0, (h, n + r)) * attention.scale
         q = torch.cat((q, quarter_turn(q[:, n:])), dim=1).flatten(0, 1)  # (H * (nope + 2 rope), in)
         first = attention.q_a_proj.weight if compressed else q
@@ -77,27 +83,32 @@ class AttentionStep:
         self.out = attention.o_proj.weight.detach().to(dtype).T.contiguous()
 
     def __call__(self, x: Tensor, cache: Tensor, at: Places) -> Tensor:
-        q, c_kv, k_pe, k_turned = (self.unit(x) @ self.down).split(self.parts, dim=-1)
-        k_pe = torch.addcmul(k_pe * at.cos[:, 0], k_turned, at.sin[:, 0])
-        new = torch.cat((self.unit_c(c_kv) * self.unit_c.gain, k_pe), dim=-1)  # (B * T, C + rope)
-        if at.positions is None:
-            cache[0].narrow(0, at.start, len(new)).copy_(new)
+        q, c_kv, k_pe, k_turned = (self.unit(x) @ self.down).split_with_sizes(self.parts, dim=-1)
+        self.write(c_kv, torch.addcmul(k_pe * at.cos[:, 0], k_turned, at.sin[:, 0]), cache, at)
+        q_c, q_pe = self.queries(q, at)
+        if self.kernel is None:
+            z = self.attend(torch.cat((q_c, q_pe), dim=-1), cache[:, : at.end], at.mask)  # (H, B * T, C)
         else:
-            cache[torch.arange(len(cache), device=cache.device)[:, None], at.positions] = new.view(
-                *at.positions.shape, -1
-            )
-        z = self.attend(self.queries(q, at), cache[:, : at.end], at.mask)  # (H, B * T, C)
+            q_c, q_pe = (part.contiguous().unflatten(0, (len(cache), -1)) for part in (q_c, q_pe))
+            z = self.kernel(q_c, q_pe, cache, at.lengths).flatten(0, 1).transpose(0, 1)
         o = torch.bmm(z, self.w_uv).transpose(0, 1).reshape(len(x), -1)  # (B * T, H * v)
         return torch.addmm(x, o, self.out)
 
-    def queries(self, q: Tensor, at: Places) -> Tensor:
-        """Content part carried into the latent's space, rotary part turned: (B * T, H, C + rope)."""
+    def write(self, c_kv: Tensor, k_pe: Tensor, cache: Tensor, at: Places) -> None:
+        """Put the new latents and keys, (B * T, C) and (B * T, rope), into the cache."""
+        new = (self.unit_c(c_kv) * self.unit_c.gain, k_pe)
+        if at.rows is None:
+            torch.cat(new, dim=-1, out=cache[0].narrow(0, at.start, len(k_pe)))
+        else:
+            cache[at.rows, at.positions] = torch.cat(new, dim=-1).view(*at.positions.shape, -1)
+
+    def queries(self, q: Tensor, at: Places) -> tuple[Tensor, Tensor]:
+        """Content part carried into the latent's space, and rotary part turned: (B * T, H, C), (B * T, H, rope)."""
         h, n, r, _ = self.sizes
         q = q if self.q_up is None else self.unit_q(q) @ self.q_up
-        q_nope, q_pe, q_turned = q.view(-1, h, n + 2 * r).split([n, r, r], dim=-1)
-        q_pe = torch.addcmul(q_pe * at.cos, q_turned, at.sin)
-        q_c = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)  # (B * T, H, C)
-        return torch.cat((q_c, q_pe), dim=-1)
+        q_nope, q_pe, q_turned = q.view(-1, h, n + 2 * r).split_with_sizes([n, r, r], dim=-1)
+        q_c = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+        return q_c, torch.addcmul(q_pe * at.cos, q_turned, at.sin)
 
     def attend(self, q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         """Weighted sums of the latents: all heads and queries of a row are one matrix product. (H, B * T, C)"""
@@ -178,12 +189,12 @@ class MoEStep:
 class MTPStep:
     """One MTP layer for a few tokens: states (N, D) and the tokens that follow them (N,) -> normed states (N, D)."""
 
-    def __init__(self, layer: MTPLayer, dtype: torch.dtype):
+    def __init__(self, layer: MTPLayer, dtype: torch.dtype, kernel: Attend | None = None):
         of_token, of_state = layer.eh_proj.weight.chunk(2, dim=1)
         self.enorm, self.hnorm = UnitNorm(layer.enorm, dtype), UnitNorm(layer.hnorm, dtype)
         self.join = torch.cat((self.enorm.fold(of_token), self.hnorm.fold(of_state)))  # (2D, D)
         self.embedding = layer.embed_tokens.weight.detach().to(dtype)
-        self.attention, self.mlp = plan_block(layer, dtype)
+        self.attention, self.mlp = plan_block(layer, dtype, kernel)
         self.norm = UnitNorm(layer.shared_head.norm, dtype)
 
     def __call__(self, h: Tensor, ids: Tensor, cache: Tensor, at: Places) -> Tensor:
@@ -191,10 +202,10 @@ class MTPStep:
         return self.norm(self.mlp(self.attention(x, cache, at))) * self.norm.gain
 
 
-def plan_block(block: Block, dtype: torch.dtype) -> tuple[AttentionStep, DenseStep | MoEStep]:
+def plan_block(block: Block, dtype: torch.dtype, kernel: Attend | None) -> tuple[AttentionStep, DenseStep | MoEStep]:
     """The two halves of a layer, prepared for decoding."""
     step = MoEStep if isinstance(block.mlp, MoE) else DenseStep
-    attention = AttentionStep(block.input_layernorm, block.self_attn, dtype)
+    attention = AttentionStep(block.input_layernorm, block.self_attn, dtype, kernel)
     return attention, step(block.post_attention_layernorm, block.mlp, dtype)
 
 
@@ -203,17 +214,21 @@ class DecodePlan:
 
     dtype: float32, or float64 where the model has it. It reads the model's weights as they are now: after a training
     step, make a new one. n_tokens: only the first tokens may be written (a tokenizer smaller than the model's table).
+    attend: an attention kernel of your own, say for a GPU, in place of torch's products. attend(q_latent, q_pe, cache,
+    lengths) -> (B, T, H, C) gets contiguous queries (B, T, H, C) and (B, T, H, rope) that already carry the softmax
+    scale, the whole cache (B, capacity, C + rope), latents first, and lengths (B,) int32: query t of row i sees
+    positions 0 .. lengths[i] - T + t, and no other.
     """
 
     @torch.no_grad()
-    def __init__(self, model: DeepSeekV3, n_tokens: int | None = None):
+    def __init__(self, model: DeepSeekV3, n_tokens: int | None = None, attend: Attend | None = None):
         self.dtype = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
         if model.lm_head.weight.dtype != self.dtype:
             model = copy.deepcopy(model).to(self.dtype)
         self.model, self.config, self.device = model, model.config, model.lm_head.weight.device
         blocks, self.norm = list(model.model.layers)[: self.config.num_hidden_layers], model.model.norm
-        self.layers = [plan_block(block, self.dtype) for block in blocks]
-        self.mtp = [MTPStep(layer, self.dtype) for layer in model.mtp_layers]
+        self.attend, self.layers = attend, [plan_block(block, self.dtype, attend) for block in blocks]
+        self.mtp = [MTPStep(layer, self.dtype, attend) for layer in model.mtp_layers]
         self.unit, self.embedding = UnitNorm(self.norm, self.dtype), model.model.embed_tokens.weight.detach()
         self.head = model.lm_head.weight.detach()[:n_tokens].T.contiguous()  # (D, V)
 
@@ -238,15 +253,21 @@ class Decoder:
         """Positions starts[i] .. starts[i] + length - 1 of each row. ValueError beyond the capacity."""
         if (end := max(starts) + length) > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache of {self.capacity}")
+        device, lengths = self.cos.device, None
+        if self.plan.attend is not None:
+            lengths = torch.tensor([start + length for start in starts], dtype=torch.int32, device=device)
         if len(starts) == 1:
             mask = None if length == 1 else self.cos.new_full((length, end), -math.inf).triu_(starts[0] + 1)
             mask = mask if mask is None else mask[None, :, None]
-            return Places(self.cos[starts[0] : end], self.sin[starts[0] : end], starts[0], None, end, mask)
-        positions = torch.tensor(starts, device=self.cos.device)[:, None] + torch.arange(length, device=self.cos.device)
-        unseen = torch.arange(end, device=self.cos.device) > positions[..., None]  # (B, T, end)
-        mask = torch.zeros(unseen.shape, dtype=self.plan.dtype, device=unseen.device).masked_fill_(unseen, -math.inf)
+            return Places(
+                self.cos[starts[0] : end], self.sin[starts[0] : end], starts[0], None, None, end, mask, lengths
+            )
+        rows, offsets = torch.arange(len(starts), device=device), torch.arange(length, device=device)
+        positions = torch.tensor(starts, device=device)[:, None] + offsets
+        unseen = torch.arange(end, device=device) > positions[..., None]  # (B, T, end)
+        mask = torch.zeros(unseen.shape, dtype=self.plan.dtype, device=device).masked_fill_(unseen, -math.inf)
         cos, sin = self.cos[positions.flatten()], self.sin[positions.flatten()]
-        return Places(cos, sin, starts[0], positions, end, mask.unsqueeze(2))
+        return Places(cos, sin, starts[0], rows[:, None], positions, end, mask.unsqueeze(2), lengths)
 
     def step(self, ids: Tensor, starts: Sequence[int]) -> Tensor:
         """New tokens (B, T), row i from position starts[i] on -> normed hidden states (B, T, D)."""

@@ -3,6 +3,8 @@
 Generated from chapters/09_expert_parallel.ipynb; edit the chapter, not this file.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.fp8 import act_dequant, act_quant
 from dsv3_mini.layers import SwiGLU
 from dsv3_mini.moe import Experts, Gate, MoE, Routing, experts_reference
 
@@ -46,16 +49,19 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.Process
 
 
 class AllToAll(torch.autograd.Function):
-    """`exchange` with a gradient, which takes the same way back: what was received is sent, and the other way round."""
+    """`exchange` with a gradient, which takes the same way back: what was received is sent, and the other way round.
+
+    forth, back: in which form rows travel, and their gradients.
+    """
 
     @staticmethod
-    def forward(ctx, x, send, receive, group):
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return exchange(x, send, receive, group)
+    def forward(ctx, x, send, receive, group, forth, back):
+        ctx.back, ctx.way = back, (receive, send, group)
+        return forth(x, send, receive, group)
 
     @staticmethod
     def backward(ctx, gradient):
-        return exchange(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
+        return ctx.back(gradient, *ctx.way), None, None, None, None, None
 
 
 class Hop:
@@ -72,13 +78,16 @@ class Hop:
         self.n_rows, self.group = len(wanted), group
         self.send, self.receive = send.tolist(), receive.tolist()
 
-    def dispatch(self, x: Tensor) -> Tensor:
-        """(N, ...) -> the rows that other ranks sent here, rank after rank."""
-        return AllToAll.apply(x[self.row], self.send, self.receive, self.group)
+    def dispatch(self, x: Tensor, out: Callable = exchange) -> Tensor:
+        """(N, ...) -> the rows that other ranks sent here, rank after rank. out: in which form they travel."""
+        return AllToAll.apply(x[self.row], self.send, self.receive, self.group, out, exchange)
 
-    def combine(self, y: Tensor) -> Tensor:
-        """One answer (received, D) for each row that came -> (N, D), the sum of the answers to each row sent."""
-        answers = AllToAll.apply(y, self.receive, self.send, self.group)
+    def combine(self, y: Tensor, out: Callable = exchange) -> Tensor:
+        """One answer (received, D) for each row that came -> (N, D), the sum of the answers to each row sent.
+
+        out: in which form the gradients of the answers travel, which go out again as the rows did.
+        """
+        answers = AllToAll.apply(y, self.receive, self.send, self.group, exchange, out)
         return y.new_zeros(self.n_rows, *y.shape[1:]).index_add(0, self.row, answers)
 
 
@@ -115,11 +124,14 @@ class ExpertParallelMoE(nn.Module):
 
     mesh (n_ranks,): tokens go straight to the owners of their experts. mesh (n_nodes, n_gpus): first once to each
     node, to the rank with the sender's own number in it, and from there to the owners (section 3.2.2).
+    fp8_dispatch: what goes out, tokens and the gradients of their answers, travels as `pack_fp8` writes it; what
+    returns, answers and the gradients of the tokens, keeps its dtype, and rounding counts as the identity.
     forward: this rank's tokens (..., D) -> (..., D). Every rank must call it, also one without tokens.
     """
 
-    def __init__(self, config: ModelConfig, mesh: DeviceMesh):
+    def __init__(self, config: ModelConfig, mesh: DeviceMesh, fp8_dispatch: bool = False):
         super().__init__()
+        self.fp8_dispatch = fp8_dispatch
         self.mesh, (self.levels, self.first, width) = mesh, levels_of(mesh, config.n_routed_experts)
         self.gate = Gate(config)
         self.experts = Experts(config.replace(n_routed_experts=width, n_group=1, topk_group=1, num_experts_per_tok=1))
@@ -127,9 +139,9 @@ class ExpertParallelMoE(nn.Module):
             self.shared_experts = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
     @classmethod
-    def from_moe(cls, moe: MoE, mesh: DeviceMesh) -> "ExpertParallelMoE":
+    def from_moe(cls, moe: MoE, mesh: DeviceMesh, fp8_dispatch: bool = False) -> "ExpertParallelMoE":
         """This rank's part of a whole layer, in its dtype."""
-        part = cls(moe.gate.config, mesh).to(moe.experts.down_proj.dtype)
+        part = cls(moe.gate.config, mesh, fp8_dispatch).to(moe.experts.down_proj.dtype)
         state, width = moe.state_dict(), len(part.experts.down_proj)
         for name in ("experts.gate_up_proj", "experts.down_proj"):
             state[name] = state[name][part.first : part.first + width]
@@ -145,14 +157,18 @@ class ExpertParallelMoE(nn.Module):
             rows, weights, indices = self.send(hops[-1], rows, weights, indices)
         y = self.compute(rows, weights, indices)
         for hop in reversed(hops):
-            y = hop.combine(y)
+            y = hop.combine(y, self.form(y, min_amax=1e-30))
         self.copies = [hop.send for hop in hops]  # of the last call, for those who count traffic
         return y.view_as(x) + self.shared_experts(x) if hasattr(self, "shared_experts") else y.view_as(x)
 
     def send(self, hop: Hop, rows: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A token travels with its K gate weights, in one message that has one gradient, and its experts' numbers."""
-        letters = hop.dispatch(torch.cat([rows, weights], dim=1))  # (M, D + K)
+        letters = hop.dispatch(torch.cat([rows, weights], dim=1), self.form(rows))  # (M, D + K)
         return *letters.split([rows.shape[1], weights.shape[1]], dim=1), hop.dispatch(indices)
+
+    def form(self, rows: Tensor, **options) -> Callable:
+        """In which form rows (M, D) go out."""
+        return partial(exchange_fp8, width=rows.shape[1], **options) if self.fp8_dispatch else exchange
 
     def compute(self, rows: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The weighted sum of this rank's experts for each row that came: (M, D), (M, K), (M, K) -> (M, D)."""
@@ -171,12 +187,15 @@ def sum_replicated_gradients(moe: ExpertParallelMoE) -> None:
             dist.all_reduce(weight.grad, group=moe.mesh.get_group(dim))
 
 
-def run_rank(moe: MoE, x: Tensor, upstream: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor | list]:
+def run_rank(
+    moe: MoE, x: Tensor, upstream: Tensor, shape: tuple[int, ...], fp8_dispatch: bool = False
+) -> dict[str, Tensor | list]:
     """Forward and backward of one rank's tokens x (N, D); to be called in all processes of a torch.distributed group.
 
     moe: the whole layer, the same everywhere; upstream: (N, D) gradient of the output; shape: of the mesh.
     """
-    part, x = ExpertParallelMoE.from_moe(moe, init_device_mesh("cpu", shape)), x.clone().requires_grad_()
+    part = ExpertParallelMoE.from_moe(moe, init_device_mesh("cpu", shape), fp8_dispatch)
+    x = x.clone().requires_grad_()
     output = part(x)
     output.backward(upstream)
     sum_replicated_gradients(part)
@@ -210,3 +229,29 @@ def count_copies(
     visited, token = by_node.any(-1), torch.arange(len(indices))
     slow = visited.sum(1) - visited[token, home // per_node].int()
     return slow, wanted.sum(1) - by_node[token, :, home % per_node].sum(1)
+
+
+def pack_fp8(letters: Tensor, width: int, min_amax: float = 1e-4) -> Tensor:
+    """(M, width + K) -> bytes (M, *): E4M3 values, a scale for each 128 of them as its exponent, K numbers as they are.
+
+    Quantised as by `act_quant(..., scale_fmt="ue8m0")` (report section 3.3.3); the last tile may be short.
+    """
+    q, scale = act_quant(letters[:, :width], scale_fmt="ue8m0", min_amax=min_amax)
+    parts = q, scale.to(torch.float8_e8m0fnu), letters[:, width:].contiguous()
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
+
+
+def unpack_fp8(payload: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """What `pack_fp8` wrote, dequantised to `dtype`, the one that was packed: bytes (M, *) -> (M, width + K)."""
+    scales = width + -(-width // 128)
+    q, scale = payload[:, :width].view(torch.float8_e4m3fn), payload[:, width:scales].view(torch.float8_e8m0fnu)
+    rest = payload.new_empty(len(payload), (payload.shape[1] - scales) // dtype.itemsize, dtype=dtype)
+    rest.view(torch.uint8).copy_(payload[:, scales:])  # copied: a view as wider numbers would have to be aligned
+    return torch.cat([act_dequant(q, scale.float()).to(dtype), rest], dim=1)
+
+
+def exchange_fp8(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, width: int, min_amax: float = 1e-4
+) -> Tensor:
+    """`exchange` whose first `width` columns travel in FP8."""
+    return unpack_fp8(exchange(pack_fp8(x, width, min_amax), send, receive, group), width, x.dtype)

@@ -1,9 +1,8 @@
-"""FP8 as the report trains with it: a scale for each tile and block, three products a layer, the published layout.
+"""FP8 as the report trains with it: a scale for each tile and block, three products a layer, one switch for a model.
 
 Generated from chapters/07_fp8.ipynb; edit the chapter, not this file.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dsv3_mini.layers import SwiGLU
 from dsv3_mini.moe import Experts, Routing
-from dsv3_mini.precision import largest_value, round_to_format
-from dsv3_mini.presets import FP8
+from dsv3_mini.precision import check_float, largest_value, multiply_float32, round_to_format, rows_of_scales, scale_for
 
 # What does a scale rescue?
 
@@ -26,25 +25,6 @@ def act_quant_reference(x: Tensor, tile: int = 128) -> tuple[Tensor, Tensor]:
             scale[row, i] = part.abs().max().clamp(min=1e-4) / 448
             q[row, i * tile : i * tile + len(part)] = round_to_format(part / scale[row, i], 4, 3, infinity=False)
     return q, scale
-
-
-def scale_for(amax: Tensor, scale_fmt: str | None, largest: float = 448.0) -> Tensor:
-    """The factor that maps `amax` onto the largest number of the format; "ue8m0": the next power of two above it."""
-    if scale_fmt not in (None, "ue8m0"):
-        raise ValueError(f"scale_fmt={scale_fmt!r}; choose None for float32 scales or 'ue8m0' for powers of two")
-    scale = amax / largest
-    if scale_fmt is None:
-        return scale
-    mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
-
-
-def check_float(x: Tensor, tile: int, dims: int) -> None:
-    """Refuse what cannot be cut into tiles."""
-    if not x.is_floating_point() or x.dim() < dims or tile < 1:
-        raise ValueError(
-            f"{tuple(x.shape)} of {x.dtype} in tiles of {tile}: floats, {dims} dimensions, tile >= 1 needed"
-        )
 
 
 def act_quant(
@@ -111,24 +91,6 @@ def fp8_gemm_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, t
     return out
 
 
-def rows_of_scales(name: str, q: Tensor, scale: Tensor, tile: int) -> Tensor:
-    """Scales with one row for each row of q, from 1 x tile scales or from tile x tile blocks; errors name shapes."""
-    n, k = len(q), -(-q.shape[1] // tile)
-    if q.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"{name} is {q.dtype}; float8_e4m3fn needed")
-    if scale.shape == (n, k):
-        return scale
-    if scale.shape == (-(-n // tile), k):
-        return scale.repeat_interleave(tile, 0)[:n]
-    wanted = f"({n}, {k}) for tiles or ({-(-n // tile)}, {k}) for blocks of {tile}"
-    raise ValueError(f"{name} {tuple(q.shape)} with scales {tuple(scale.shape)}; {wanted} needed")
-
-
-def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T with float32 sums."""
-    return a.float() @ b.float().T
-
-
 def fp8_gemm(
     a: Tensor,
     a_scale: Tensor,
@@ -155,21 +117,33 @@ def fp8_gemm(
 # Which products does a linear layer need?
 
 
+def dgrad(grad: Tensor, w: Tensor, w_scale: Tensor, tile: int, scale_fmt: str | None, gemm: Callable) -> Tensor:
+    """dX = dY W: gradient (N, out) in tiles along out, weight (out, in) as it was quantised for Fprop -> (N, in)."""
+    return gemm(*act_quant(grad, tile, scale_fmt, min_amax=1e-30), w.T, w_scale.T, tile)
+
+
+def wgrad(grad: Tensor, x: Tensor, tile: int, scale_fmt: str | None, gemm: Callable) -> Tensor:
+    """dW = dY^T X: gradient (N, out) and input (N, in), both in tiles along the tokens -> (out, in)."""
+    columns = act_quant(grad.T, tile, scale_fmt, min_amax=1e-30)
+    return gemm(*columns, *act_quant(x.T, tile, scale_fmt), tile)
+
+
 class FP8Matmul(torch.autograd.Function):
     """y = x W^T in three FP8 products: Fprop, Dgrad, Wgrad (report figure 6). x: (N, in), W: (out, in).
 
     Each product cuts its activations and gradients into 1 x tile tiles along its own inner dimension: in, out, N.
     W is quantised once, in blocks, which serve both directions. What is kept for Wgrad is the quantised input.
+    gemm: what computes all three, with the arguments of `fp8_gemm`.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, tile: int, scale_fmt: str | None, cache_format: str) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, tile: int, scale_fmt: str | None, cache_format: str, gemm=fp8_gemm):
         kept = act_quant(x, tile, scale_fmt, cache_format)
         q, scale = kept if cache_format == "e4m3" else act_quant(act_dequant(*kept, tile), tile, scale_fmt)
         w, w_scale = weight_quant(weight, tile)
         ctx.save_for_backward(*kept, w, w_scale)
-        ctx.tile, ctx.scale_fmt, ctx.x_dtype, ctx.w_dtype = tile, scale_fmt, x.dtype, weight.dtype
-        return fp8_gemm(q, scale, w, w_scale, tile).to(x.dtype)
+        ctx.options, ctx.x_dtype, ctx.w_dtype = (tile, scale_fmt, gemm), x.dtype, weight.dtype
+        return gemm(q, scale, w, w_scale, tile).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -177,19 +151,17 @@ class FP8Matmul(torch.autograd.Function):
         q, scale, w, w_scale = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            tiles = act_quant(grad, ctx.tile, ctx.scale_fmt, min_amax=1e-30)
-            dx = fp8_gemm(*tiles, w.T, w_scale.T, ctx.tile).to(ctx.x_dtype)
+            dx = dgrad(grad, w, w_scale, *ctx.options).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            columns = act_quant(grad.T, ctx.tile, ctx.scale_fmt, min_amax=1e-30)
-            inputs = act_quant(act_dequant(q, scale, ctx.tile).T, ctx.tile, ctx.scale_fmt)  # 1 x tile to tile x 1
-            dw = fp8_gemm(*columns, *inputs, ctx.tile).to(ctx.w_dtype)
-        return dx, dw, None, None, None
+            dw = wgrad(grad, act_dequant(q, scale, ctx.options[0]), *ctx.options).to(ctx.w_dtype)
+        return dx, dw, None, None, None, None
 
 
 class FP8Linear(nn.Linear):
     """A linear layer without bias whose three products run in FP8; the weight itself stays in its own precision.
 
     scale_fmt and cache_format: those of its input, "ue8m0" and "e5m6" before the output projection of attention.
+    gemm: what multiplies, with the arguments of `fp8_gemm`.
     """
 
     def __init__(
@@ -199,40 +171,89 @@ class FP8Linear(nn.Linear):
         tile: int = 128,
         scale_fmt: str | None = None,
         cache_format: str = "e4m3",
+        gemm: Callable = fp8_gemm,
     ):
         super().__init__(in_features, out_features, bias=False)
-        self.tile, self.scale_fmt, self.cache_format = tile, scale_fmt, cache_format
+        self.tile, self.scale_fmt, self.cache_format, self.gemm = tile, scale_fmt, cache_format, gemm
 
     def forward(self, x: Tensor) -> Tensor:
-        y = FP8Matmul.apply(x.flatten(0, -2), self.weight, self.tile, self.scale_fmt, self.cache_format)
-        return y.unflatten(0, x.shape[:-1])
+        options = self.tile, self.scale_fmt, self.cache_format, self.gemm
+        return FP8Matmul.apply(x.flatten(0, -2), self.weight, *options).unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tile={self.tile}, scale_fmt={self.scale_fmt}, cache_format={self.cache_format}"
 
 
+def swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, and the gate weights of routed tokens where given: (N, F), (N, F), (N, 1) -> (N, F)."""
+    h = F.silu(gate) * up
+    return h if weights is None else h * weights
+
+
+class FP8FeedForward(torch.autograd.Function):
+    """down(swiglu(gate(x), up(x), weights)) in FP8, which keeps no output of SwiGLU (report section 3.3.3).
+
+    x: (N, D), weights: (N, 1) or None, gate and up: (F, D), down: (D, F) -> (N, D). Kept in FP8 are x and SwiGLU's two
+    inputs; its output is computed again from them for Wgrad. Tiles and gemm as in `FP8Matmul`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weights, gate, up, down, tile, scale_fmt, gemm):
+        kept, blocks = act_quant(x, tile, scale_fmt), [weight_quant(w, tile) for w in (gate, up, down)]
+        inputs = torch.stack([gemm(*kept, *block, tile).to(x.dtype) for block in blocks[:2]])  # (2, N, F)
+        ctx.save_for_backward(*kept, *act_quant(inputs, tile, scale_fmt), weights, *sum(blocks, ()))
+        ctx.options, ctx.dtypes = (tile, scale_fmt, gemm), (x.dtype, down.dtype)
+        return gemm(*act_quant(swiglu(*inputs, weights), tile, scale_fmt), *blocks[2], tile).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, scale, pre, pre_scale, weights, *blocks = ctx.saved_tensors
+        x, inputs = act_dequant(q, scale, ctx.options[0]), act_dequant(pre, pre_scale, ctx.options[0])
+        leaves = [leaf.detach().requires_grad_() for leaf in (*inputs, weights) if leaf is not None]
+        with torch.enable_grad():
+            h = swiglu(*leaves)  # again, from what was kept
+        dgate, dup, *dweights = torch.autograd.grad(h, leaves, dgrad(grad, *blocks[4:], *ctx.options))
+        dx = dgrad(dgate, *blocks[:2], *ctx.options) + dgrad(dup, *blocks[2:4], *ctx.options)
+        dw = (wgrad(g, t, *ctx.options).to(ctx.dtypes[1]) for g, t in ((dgate, x), (dup, x), (grad, h.detach())))
+        return dx.to(ctx.dtypes[0]), *(dweights or [None]), *dw, None, None, None
+
+
 # What stays out of FP8?
 
 
-class FP8Experts(Experts):
-    """The routed experts of chapter 04 with every expert's products in FP8, one expert after the other.
+class FP8SwiGLU(SwiGLU):
+    """The feed-forward layer of chapter 02 in FP8: its three projections and what they keep."""
 
-    Inputs, and the gradients that come back, have power-of-two scales, as the report asks of what is dispatched.
+    tile: int
+    gemm: Callable
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))
+        y = FP8FeedForward.apply(x.flatten(0, -2), None, *weights, self.tile, None, self.gemm)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class FP8Experts(Experts):
+    """The routed experts of chapter 04 in FP8, one expert after the other; sorting and summing are inherited.
+
+    All their tiles have power-of-two scales, as the report asks of what is dispatched: inputs, and the gradients that
+    come back. The `product` that chapter 04 hands on is here `gemm`.
     """
 
     tile: int
+    gemm: Callable
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        out = torch.zeros_like(x)
-        for i in routing.indices.unique().tolist():
-            token, slot = (routing.indices == i).nonzero(as_tuple=True)
-            gate, up = self.multiply(x[token], self.gate_up_proj[i]).chunk(2, dim=-1)
-            y = self.multiply(F.silu(gate) * up, self.down_proj[i])
-            out = out.index_add(0, token, (y * routing.weights[token, slot, None]).type_as(x))
-        return out
+        return super().forward(x, routing, product=self.gemm)
 
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return FP8Matmul.apply(x, weight, self.tile, "ue8m0", "e4m3")
+    def feed_forward(self, rows: Tensor, weights: Tensor, ends: Tensor, product: Callable) -> Tensor:
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        gate_up, down = self.gate_up_proj.unflatten(1, (2, -1)).unbind(), self.down_proj.unbind()
+        blocks = zip(rows.split(counts), weights.split(counts), gate_up, down, strict=True)
+        blocks = [block for block in blocks if len(block[0]) or not len(rows)]  # without any row, all of them for a 0
+        options = self.tile, "ue8m0", product
+        return torch.cat([FP8FeedForward.apply(x, g, *pair, w, *options) for x, g, pair, w in blocks])
 
 
 def runs_in_fp8(name: str) -> bool:
@@ -241,48 +262,28 @@ def runs_in_fp8(name: str) -> bool:
     return last.endswith(("_proj", "_proj_with_mqa")) and last != "eh_proj"
 
 
-def to_fp8(model: nn.Module, tile: int = 128) -> nn.Module:
+def to_fp8(model: nn.Module, tile: int = 128, gemm: Callable = fp8_gemm) -> nn.Module:
     """Switch a model to FP8 in place: its projections and routed experts; parameters and their names stay.
 
     Embedding, head, gate, norms and the attention core are left as they are, and so is `eh_proj`, which the published
-    checkpoint holds in BF16. The input of `o_proj` is kept in E5M6 with power-of-two scales. Raises ValueError if
-    the model has no layer to switch, or if one has a bias.
+    checkpoint holds in BF16. The input of `o_proj` is kept in E5M6 with power-of-two scales. gemm: what multiplies,
+    with the arguments of `fp8_gemm`. Raises ValueError if the model has no layer to switch, or if one has a bias.
     """
-    found = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Experts)]
-    found = [(name, module) for name, module in found if type(module) is Experts or runs_in_fp8(name)]
+    twins = {SwiGLU: FP8SwiGLU, Experts: FP8Experts}
+    found = [(name, part) for name, part in model.named_modules() if type(part) in (nn.Linear, *twins)]
+    found = [(name, part) for name, part in found if type(part) in twins or runs_in_fp8(name)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no projection or experts to switch to FP8")
-    if biased := [name for name, module in found if getattr(module, "bias", None) is not None]:
+    if biased := [name for name, part in found if getattr(part, "bias", None) is not None]:
         raise ValueError(f"{biased[0]} has a bias; FP8Linear has none")
-    for name, module in found:
-        if type(module) is Experts:
-            module.__class__, module.tile = FP8Experts, tile
+    for name, part in found:
+        if type(part) in twins:
+            part.__class__, part.tile, part.gemm = twins[type(part)], tile, gemm
             continue
         options = dict(scale_fmt="ue8m0", cache_format="e5m6") if name.endswith("o_proj") else {}
         with torch.device("meta"):
-            layer = FP8Linear(module.in_features, module.out_features, tile, **options)
-        layer.weight = module.weight
+            layer = FP8Linear(part.in_features, part.out_features, tile, gemm=gemm, **options)
+        layer.weight = part.weight
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     return model
-
-
-# How are FP8 weights stored?
-
-
-def save_fp8(model: nn.Module, folder: str | os.PathLike, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write the published FP8 layout: `X.weight` in E4M3 beside `X.weight_scale_inv`, the factor to multiply with.
-
-    Projections of attention, feed-forward and experts are quantised in 128 x 128 blocks with float32 scales; the
-    rest is bfloat16, routing biases float32. Whole or not at all, and any older checkpoint in `folder` is replaced.
-    """
-    from dsv3_mini.checkpoint import published_state, save_weights  # a later chapter's, so only on use
-
-    stored = {}
-    for name, tensor in published_state(model.state_dict()).items():
-        if name.endswith(".weight") and runs_in_fp8(name.removesuffix(".weight")):
-            stored[name], stored[f"{name}_scale_inv"] = weight_quant(tensor)
-        else:
-            stored[name] = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
-    save_weights(stored, folder, max_shard_bytes=max_shard_bytes)
-    model.config.replace(torch_dtype="bfloat16", quantization_config=FP8).save_pretrained(folder)

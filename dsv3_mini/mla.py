@@ -23,9 +23,7 @@ def attend_expanded_reference(
     """
     heads = []
     for i in range(q_nope.shape[2]):
-        k_nope, v = (c_kv @ kv_b[i].T).split(
-            [q_nope.shape[-1], kv_b.shape[1] - q_nope.shape[-1]], dim=-1
-        )  # (B, S, ...)
+        k_nope, v = (c_kv @ kv_b[i].T).tensor_split([q_nope.shape[-1]], dim=-1)  # (B, S, nope), (B, S, v)
         q, k = torch.cat((q_nope[:, :, i], q_pe[:, :, i]), -1), torch.cat((k_nope, k_pe), -1)
         scores = (q @ k.transpose(1, 2)) * scale  # (B, T, S)
         hidden_mask = ~causal_mask(q.shape[1], k.shape[1], q.device)

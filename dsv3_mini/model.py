@@ -17,6 +17,7 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import moe_feed_forward
 from dsv3_mini.mtp import MTPLayer
+from dsv3_mini.presets import FP8
 
 # How do the parts become one model?
 
@@ -57,8 +58,9 @@ class DeepSeekV3(nn.Module):
     ) -> "DeepSeekV3":
         """Open the published layout, from a folder or the Hugging Face hub.
 
-        dtype: None keeps the stored one; float8 weights are dequantised. A folder without the MTP layers that its
-        config promises (transformers writes such) opens without them. Errors name the file or the tensor.
+        dtype: None keeps the stored one; float8 weights are dequantised, and `to_fp8` can run them in FP8 again. A
+        folder without the MTP layers that its config promises (transformers writes such) opens without them. Errors
+        name the file or the tensor.
         """
         folder = find_folder(folder_or_hub_id)
         config, ignore = match_mtp(ModelConfig.from_pretrained(folder), locate_tensors(folder))
@@ -71,11 +73,12 @@ class DeepSeekV3(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None, **options) -> None:
         """Write config.json and the weights in the published layout; options as in `save_weights`.
 
-        dtype: torch.bfloat16 or torch.float32, None for the model's own.
+        dtype: torch.bfloat16 or torch.float32, None for the model's own; torch.float8_e4m3fn as the release.
         """
-        check_dtype(dtype)
-        dtype = dtype or self.lm_head.weight.dtype
-        changes = {"torch_dtype": str(dtype).removeprefix("torch."), "quantization_config": None}
+        check_dtype(dtype, saving=True)
+        dtype, float8 = dtype or self.lm_head.weight.dtype, dtype == torch.float8_e4m3fn
+        plain = torch.bfloat16 if float8 else dtype
+        changes = {"torch_dtype": str(plain).removeprefix("torch."), "quantization_config": FP8 if float8 else None}
         config = json.dumps(self.config.replace(**changes).to_dict(), indent=2) + "\n"
         save_weights(self.state_dict(), folder, dtype, documents={"config.json": config}, **options)
 

@@ -158,7 +158,7 @@ class Experts(nn.Module):
     """E SwiGLU experts whose weights are stacked: gate_up_proj (E, 2F, D), down_proj (E, D, F).
 
     forward: (N, D) and its Routing -> (N, D). Tokens are sorted by expert, so that each expert is one matrix product,
-    by `product`, which takes the arguments of `grouped_linear`.
+    by `product`, which takes the arguments of `grouped_linear`. A subclass may compute the sorted rows in another way.
     """
 
     def __init__(self, config: ModelConfig):
@@ -171,16 +171,18 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing, product: Callable = grouped_linear) -> Tensor:
         indices, n_experts = routing.indices, len(self.down_proj)
-        if x.is_cpu and 0 < 4 * indices.numel() <= n_experts:
+        if x.is_cpu and product is grouped_linear and 0 < 4 * indices.numel() <= n_experts:
             return visit_experts(x, routing, self.gate_up_proj, self.down_proj)
         x = x.to(product_dtype(x))
         multiple = 32 if x.is_cpu and x.dtype == torch.bfloat16 else 1
         choice, row, ends = pad_blocks(*sort_by_expert(indices, n_experts), multiple)
         rows = x.index_select(0, choice // indices.shape[1])  # (M, D), M >= N*K
-        gate, up = product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
-        h = F.silu(gate) * up * routing.weights.flatten()[choice, None]  # (M, F)
-        y = product(h, self.down_proj, ends)  # (M, D)
+        y = self.feed_forward(rows, routing.weights.flatten()[choice, None], ends, product)  # (M, D)
         return F.embedding_bag(row.view_as(indices), y, mode="sum")
+
+    def feed_forward(self, rows: Tensor, weights: Tensor, ends: Tensor, product: Callable) -> Tensor:
+        gate, up = product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return product(F.silu(gate) * up * weights, self.down_proj, ends)
 
 
 def visit_experts(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:

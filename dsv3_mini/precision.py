@@ -1,4 +1,4 @@
-"""Number formats from their bits, rounding to them, and the few bits in which a tensor core adds.
+"""Number formats from their bits, rounding to them, scales, and the few bits in which a tensor core adds.
 
 Generated from chapters/07_fp8.ipynb; edit the chapter, not this file.
 """
@@ -48,6 +48,28 @@ def round_to_format(x: Tensor, exponent_bits: int, mantissa_bits: int, infinity:
     exponent = torch.frexp(wide).exponent - 1  # of the leading bit
     step = torch.ldexp(torch.ones_like(wide), exponent.clamp(min=1 - bias) - mantissa_bits)
     return ((wide / step).round() * step).to(torch.promote_types(x.dtype, torch.float32))
+
+
+# What does a scale rescue?
+
+
+def scale_for(amax: Tensor, scale_fmt: str | None, largest: float = 448.0) -> Tensor:
+    """The factor that maps `amax` onto the largest number of the format; "ue8m0": the next power of two above it."""
+    if scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"scale_fmt={scale_fmt!r}; choose None for float32 scales or 'ue8m0' for powers of two")
+    scale = amax / largest
+    if scale_fmt is None:
+        return scale
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, mantissa in [0.5, 1)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+
+
+def check_float(x: Tensor, tile: int, dims: int) -> None:
+    """Refuse what cannot be cut into tiles."""
+    if not x.is_floating_point() or x.dim() < dims or tile < 1:
+        raise ValueError(
+            f"{tuple(x.shape)} of {x.dtype} in tiles of {tile}: floats, {dims} dimensions, tile >= 1 needed"
+        )
 
 
 # How many bits does a sum need?
@@ -104,3 +126,21 @@ def matmul_limited(
         if promote_every and (start + group) % promote_every == 0:
             total, register = total + register[..., 0].float(), torch.zeros_like(register)
     return total + register[..., 0].float()
+
+
+def rows_of_scales(name: str, q: Tensor, scale: Tensor, tile: int) -> Tensor:
+    """Scales with one row for each row of q, from 1 x tile scales or from tile x tile blocks; errors name shapes."""
+    n, k = len(q), -(-q.shape[1] // tile)
+    if q.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name} is {q.dtype}; float8_e4m3fn needed")
+    if scale.shape == (n, k):
+        return scale
+    if scale.shape == (-(-n // tile), k):
+        return scale.repeat_interleave(tile, 0)[:n]
+    wanted = f"({n}, {k}) for tiles or ({-(-n // tile)}, {k}) for blocks of {tile}"
+    raise ValueError(f"{name} {tuple(q.shape)} with scales {tuple(scale.shape)}; {wanted} needed")
+
+
+def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T with float32 sums."""
+    return a.float() @ b.float().T

@@ -503,7 +503,7 @@ def test_two_prediction_modules_where_the_config_promises_one_are_refused(tmp_pa
 # Types, devices and memory
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.int32, torch.float8_e4m3fn, torch.complex64, 16])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int32, torch.float8_e5m2, torch.complex64, 16])
 def test_a_dtype_that_weights_cannot_have_is_refused_before_anything_is_touched(tmp_path, dtype):
     nano().save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

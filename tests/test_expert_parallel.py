@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.expert_parallel import count_copies, distinct_nodes, expert_parallel_reference, run_rank
+from dsv3_mini.expert_parallel import (
+    count_copies,
+    distinct_nodes,
+    expert_parallel_reference,
+    pack_fp8,
+    run_rank,
+    unpack_fp8,
+)
+from dsv3_mini.fp8 import act_dequant, act_quant
 from dsv3_mini.moe import MoE, group_limited_topk
 from dsv3_mini.workers import Workers
 
@@ -82,6 +90,48 @@ def test_copies_sent_over_two_levels_are_the_copies_counted(groups):
     home = torch.arange(4).repeat_interleave(torch.tensor(sizes))
     counted = count_copies(moe.gate(torch.cat(xs)).indices, home, 8, 2, 4)
     assert (slow, fast) == tuple(int(copies.sum()) for copies in counted) and slow <= sum(sizes)
+
+
+class Rounded(torch.autograd.Function):
+    """Rounded to FP8 tiles forward, and its gradient backward, each where a lower bound of the tiles is given."""
+
+    @staticmethod
+    def forward(ctx, x, forth, back):
+        ctx.back = back
+        return x.clone() if forth is None else act_dequant(*act_quant(x, 128, "ue8m0", min_amax=forth)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Rounded.forward(ctx, grad, ctx.back, None), None, None
+
+
+@pytest.mark.parametrize("sizes, shape, width", [((7, 5), (2,), 20), ((0, 9), (2,), 200), ((6, 2, 0, 5), (2, 2), 136)])
+def test_fp8_dispatch_rounds_tokens_out_and_gradients_of_answers_out_and_nothing_else(groups, sizes, shape, width):
+    """Equal to one process whose experts see rounded tokens and get rounded gradients, tiny ones included."""
+    moe = whole_layer(hidden_size=width)
+    xs, upstreams = ([f * torch.randn(n, width, dtype=torch.float64) for n in sizes] for f in (1.0, 1e-7))
+    ranks = groups[len(sizes)].run(run_rank, [(moe, x, u, shape, True) for x, u in zip(xs, upstreams, strict=True)])
+    x = torch.cat(xs).requires_grad_()
+    routed = moe.experts(Rounded.apply(x, 1e-4, None), moe.gate(x))
+    output = Rounded.apply(routed, None, 1e-30) + moe.shared_experts(x)
+    output.backward(torch.cat(upstreams))
+    for name, value in {"output": output.detach(), "x": x.grad, "gate.weight": moe.gate.weight.grad}.items():
+        got = ranks[-1][name] if name == "gate.weight" else torch.cat([rank[name] for rank in ranks])
+        assert (got - value).norm() < 1e-6 * value.norm(), name
+    assert 0.005 < (output - moe(x)).norm() / moe(x).norm() < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("n, width", [(5, 300), (0, 128), (3, 20)])
+def test_a_packed_letter_is_tiles_exponents_and_untouched_weights(dtype, n, width):
+    letters = torch.randn(n, width + 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    letters[:1, 5] = 1e4
+    payload = pack_fp8(letters, width)
+    assert payload.dtype == torch.uint8 and payload.shape == (n, width + -(-width // 128) + 3 * dtype.itemsize)
+    back = unpack_fp8(payload, width, dtype)
+    tiles = act_dequant(*act_quant(letters[:, :width], scale_fmt="ue8m0")).to(dtype)
+    assert back.dtype == dtype and torch.equal(back, torch.cat([tiles, letters[:, width:]], dim=1))
+    assert torch.equal(unpack_fp8(pack_fp8(back, width), width, dtype), back)  # forwarding loses nothing
 
 
 def test_experts_that_do_not_spread_evenly_are_refused(groups):

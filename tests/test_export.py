@@ -67,6 +67,19 @@ def test_tidy_drops_what_changes_from_run_to_run_and_keeps_outputs():
     assert [output.output_type for output in tidied.outputs] == ["execute_result"]
 
 
+def test_pictures_lose_weight_not_shape():
+    glyph = '<path id="a" d="M 1.23456 2\n L 3 -4.5\n " transform="scale(0.015625)"/>'
+    picture = f"<svg>\n <metadata>\n  <dc:date>today</dc:date>\n </metadata>\n  {glyph}\n</svg>"
+    lighter = exporter.lighter(picture)
+    assert lighter == '<svg>\n<path id="a" d="M 1.23 2 L 3 -4.5" transform="scale(0.015625)"/>\n</svg>'
+    assert exporter.lighter(lighter) == lighter
+
+
+def test_one_text_a_cell_however_the_kernel_cut_it():
+    parts = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in zip("ooe", "abc", strict=True)]
+    assert [output.text for output in exporter.join_streams(parts)] == ["ab", "c"]
+
+
 def test_main_removes_stale_modules_and_check_reports_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exporter, "ROOT", tmp_path)
     (tmp_path / "pyproject.toml").write_text("[tool.ruff]\nline-length = 120\n")

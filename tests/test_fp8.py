@@ -8,26 +8,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import nn
 
-from dsv3_mini.checkpoint import Reader
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.fp8 import (
     FP8Experts,
+    FP8FeedForward,
     FP8Linear,
+    FP8Matmul,
+    FP8SwiGLU,
     act_dequant,
     act_quant,
     act_quant_reference,
     fp8_gemm,
     fp8_gemm_reference,
-    runs_in_fp8,
-    save_fp8,
+    swiglu,
     to_fp8,
     weight_dequant,
     weight_quant,
 )
 from dsv3_mini.fp8_training import AdamW16, build_model, precision_run
+from dsv3_mini.layers import SwiGLU
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.moe import MoE, experts_reference, record_routing
 from dsv3_mini.precision import decode, dot_limited_reference, largest_value, matmul_limited, round_to_format
@@ -341,6 +342,25 @@ def test_only_the_quantised_input_is_kept():
     assert sorted(t.itemsize * t[0].numel() for t in tokens) == [3 * 4, 96]
 
 
+def test_one_argument_replaces_all_three_products():
+    shapes = []
+
+    def gemm(a, a_scale, b, b_scale, tile):
+        shapes.append((a.shape, a_scale.shape, b.shape, b_scale.shape))
+        return 2 * fp8_gemm(a, a_scale, b, b_scale, tile)
+
+    layers = [FP8Linear(70, 50, 32), FP8Linear(70, 50, 32, gemm=gemm)]
+    layers[1].weight = layers[0].weight
+    plain, doubled = (products(layer, draw(45, 70), draw(45, 50, seed=1)) for layer in layers)
+    assert all(torch.equal(2 * p, d) for p, d in zip(plain, doubled, strict=True))
+    fprop, inner_out, inner_tokens = (
+        ((45, 70), (45, 3), (50, 70), (2, 3)),
+        ((45, 50), (45, 2), (70, 50), (3, 2)),
+        ((50, 45), (50, 2), (70, 45), (70, 2)),
+    )
+    assert shapes == [fprop, inner_out, inner_tokens]
+
+
 def test_no_tokens_give_no_output_and_no_gradient():
     y, dx, dw = products(FP8Linear(70, 50, 32), torch.zeros(0, 70), torch.zeros(0, 50))
     assert y.shape == (0, 50) and dx.shape == (0, 70) and not dw.any()
@@ -351,6 +371,65 @@ def test_output_and_gradients_have_their_owners_dtypes(dtype):
     layer = FP8Linear(64, 48, 32).to(dtype)
     y, dx, dw = products(layer, draw(2, 5, 64).to(dtype), draw(2, 5, 48).to(dtype))
     assert y.shape == (2, 5, 48) and {y.dtype, dx.dtype, dw.dtype} == {dtype}
+
+
+# The feed-forward layer
+
+
+def feed_forward_inputs(n=77, weighted=True):
+    """x, gate weights of routed tokens or None, and the three matrices, of odd sizes."""
+    weights = draw(n, 1, seed=9).abs() if weighted else None
+    tensors = draw(n, 70), weights, 0.2 * draw(48, 70, seed=1), 0.2 * draw(48, 70, seed=2), 0.2 * draw(70, 48, seed=3)
+    return [t if t is None else t.requires_grad_() for t in tensors]
+
+
+def by_layers(x, weights, gate, up, down):
+    """The same from three FP8Matmul, which keep everything."""
+    parts = (FP8Matmul.apply(x, w, 32, None, "e4m3") for w in (gate, up))
+    return FP8Matmul.apply(swiglu(*parts, weights), down, 32, None, "e4m3")
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_recomputed_swiglu_is_three_layers_forward_and_near_them_backward(weighted):
+    inputs, dy = feed_forward_inputs(weighted=weighted), draw(77, 70, seed=4)
+    leaves = [t for t in inputs if t is not None]
+    found, plain = FP8FeedForward.apply(*inputs, 32, None, fp8_gemm), by_layers(*inputs)
+    assert torch.equal(found, plain)
+    exact = inputs[1:2] + inputs[2:]
+    h = swiglu(inputs[0] @ exact[1].T, inputs[0] @ exact[2].T, inputs[1])
+    true = torch.autograd.grad(h @ inputs[4].T, leaves, dy)
+    pairs = zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(plain, leaves, dy), true, strict=True)
+    for recomputed, kept, t in pairs:
+        assert 0 < relative(recomputed, kept) < 0.07 and relative(recomputed, t) < 1.25 * relative(kept, t)
+
+
+def test_no_output_of_swiglu_is_kept():
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        FP8FeedForward.apply(*feed_forward_inputs(), 32, None, fp8_gemm)
+    tokens = [t for t in seen if 77 in t.shape[:2]]
+    shapes = {(*t.shape, t.dtype.itemsize) for t in tokens}
+    assert shapes == {(77, 70, 1), (77, 3, 4), (2, 77, 48, 1), (2, 77, 2, 4), (77, 1, 4)}
+
+
+def test_gate_and_up_are_kept_in_tiles_of_their_own():
+    """A tile that ran over from gate to up would take one scale for both."""
+    x, _, gate, up, down = feed_forward_inputs(weighted=False)
+    grads = []
+    for factor in (1.0, 1e6):
+        y = FP8FeedForward.apply(x, None, gate, factor * up, down / factor, 32, None, fp8_gemm)
+        grads.append(torch.autograd.grad(y.sum(), gate)[0])
+    assert relative(grads[1], grads[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_feed_forward_gives_each_its_own_dtype(dtype):
+    layer = to_fp8(SwiGLU(64, 48), 32).to(dtype)
+    assert type(layer) is FP8SwiGLU
+    x = draw(2, 5, 64).to(dtype).requires_grad_()
+    y = layer(x)
+    grads = torch.autograd.grad(y.sum(), (x, *layer.parameters()))
+    assert y.shape == x.shape and {y.dtype, *(g.dtype for g in grads)} == {dtype}
 
 
 # The model
@@ -398,6 +477,39 @@ def test_fp8_experts_follow_the_routing_of_the_loop():
     assert relative(experts(x, routings[0]), exact) == pytest.approx(relative(experts(x, routings[0]), plain), rel=1e-3)
 
 
+@pytest.mark.parametrize("n_tokens", [5, 1])
+def test_fp8_experts_equal_each_expert_alone(n_tokens):
+    """Sorted blocks, those of experts without tokens left out, against one expert after the other."""
+    torch.manual_seed(0)
+    moe = MoE(ModelConfig.preset("nano", initializer_range=0.2, n_shared_experts=0))
+    x, experts = draw(n_tokens, 128), to_fp8(moe, 32).experts
+    routing, out = moe.gate(x), torch.zeros(n_tokens, 128)
+    for token in range(n_tokens):
+        for i, g in zip(routing.indices[token].tolist(), routing.weights[token], strict=True):
+            gate, up = experts.gate_up_proj[i].chunk(2)
+            options = experts.down_proj[i], 32, "ue8m0", fp8_gemm
+            out[token] += FP8FeedForward.apply(x[token, None], g.view(1, 1), gate, up, *options)[0]
+    torch.testing.assert_close(experts(x, routing), out, rtol=1e-5, atol=1e-6)
+    assert len(routing.indices.unique()) < 16
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1])
+def test_experts_without_tokens_get_gradient_zero(n_tokens):
+    moe = to_fp8(MoE(ModelConfig.preset("nano", initializer_range=0.2)), 32)
+    moe(draw(n_tokens, 128)).sum().backward()
+    busy = moe.experts.down_proj.grad.flatten(1).any(1).sum()
+    assert busy == 4 * n_tokens and moe.experts.gate_up_proj.grad.shape == (16, 128, 128)
+
+
+def test_one_argument_replaces_the_products_of_a_model():
+    calls = []
+    model = to_fp8(nano(num_nextn_predict_layers=0), 64, gemm=lambda *a: calls.append(a) or fp8_gemm(*a))
+    model(torch.arange(60).view(2, 30)).square().mean().backward()
+    experts = sum((m.down_proj.grad.flatten(1).any(1)).sum().item() for m in model.modules() if type(m) is FP8Experts)
+    attention, feed_forward = 2 * 5 * 3, 3 + 3 + 3  # fprop, dgrad and wgrad of each product
+    assert len(calls) == attention + feed_forward * (2 + experts)  # one dense layer, one shared expert
+
+
 def test_switched_model_trains_every_parameter():
     model = to_fp8(nano(num_nextn_predict_layers=0), 64)
     model(torch.arange(60).view(2, 30)).square().mean().backward()
@@ -411,67 +523,6 @@ def test_switched_model_is_near_the_plain_one():
     with torch.no_grad():
         exact = plain(ids)
         assert 0.005 < relative(to_fp8(plain, 64)(ids), exact) < 0.2
-
-
-# The published layout
-
-
-def test_written_scales_multiply_and_the_rest_is_bfloat16(tmp_path):
-    model = nano(hidden_size=136)
-    save_fp8(model, tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    opened = DeepSeekV3.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
-    for name in (n for n in stored if not n.endswith("_scale_inv")):
-        fp8 = f"{name}_scale_inv" in stored
-        assert fp8 == runs_in_fp8(name.removesuffix(".weight")) == (stored[name].dtype == torch.float8_e4m3fn)
-        if fp8 and "experts." not in name:
-            assert torch.equal(opened[name], weight_dequant(stored[name], stored[f"{name}_scale_inv"]))
-            assert relative(opened[name], model.state_dict()[name]) < 0.03
-    assert stored["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
-    assert stored["model.layers.2.eh_proj.weight"].dtype == stored["lm_head.weight"].dtype == torch.bfloat16
-
-
-def test_experts_are_stored_one_by_one_with_scales(tmp_path):
-    model = nano()
-    save_fp8(model, tmp_path, max_shard_bytes=200_000)
-    reader, stacked = Reader(tmp_path), model.model.layers[1].mlp.experts.down_proj
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert relative(reader.read("model.layers.1.mlp.experts.3.down_proj.weight", torch.float32), stacked[3]) < 0.03
-
-
-def test_written_again_loses_nothing(tmp_path):
-    save_fp8(nano(), tmp_path / "once")
-    first = DeepSeekV3.from_pretrained(tmp_path / "once", dtype=torch.float32)
-    save_fp8(to_fp8(first), tmp_path / "twice")
-    second = DeepSeekV3.from_pretrained(tmp_path / "twice", dtype=torch.float32)
-    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-6, atol=0), name
-
-
-def test_transformers_agrees_on_dequantised_weights(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    save_fp8(nano(hidden_size=136), tmp_path / "fp8")
-    opened = DeepSeekV3.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
-    opened.save_pretrained(tmp_path / "plain")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    ids = torch.arange(50).view(2, 25)
-    with torch.no_grad():
-        assert relative(opened(ids), theirs(ids).logits) < 1e-4
-
-
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model = nano()
-    save_fp8(model, tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("dsv3_mini.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_fp8(model, tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob("*.partial"))
 
 
 # Training

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import random
 
@@ -90,6 +91,32 @@ def test_plan_in_float32_stays_close_and_widens_bfloat16(dtype, atol):
     logits = torch.cat([decoder.logits(decoder.step(ids[:, i : i + 1], [i])) for i in range(15, 20)], dim=1)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, copy.deepcopy(model).float()(ids)[:, 15:], rtol=0, atol=atol)
+
+
+def attend_by_loops(q_latent, q_pe, cache, lengths):
+    """What `DecodePlan(attend=)` asks for, a query and a head at a time."""
+    z, n_new, c = torch.empty_like(q_latent), q_latent.shape[1], q_latent.shape[-1]
+    for i, t, h in itertools.product(*map(range, q_latent.shape[:3])):
+        seen = cache[i, : lengths[i].item() - n_new + t + 1]
+        share = (seen[:, :c] @ q_latent[i, t, h] + seen[:, c:] @ q_pe[i, t, h]).softmax(0)
+        z[i, t, h] = share @ seen[:, :c]
+    return z
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_an_attention_of_your_own_gets_all_it_needs(model, plan, n_rows):
+    own, ids = DecodePlan(model, attend=attend_by_loops), torch.randint(23, (n_rows, 14))
+    starts, found = [9, 2, 11][:n_rows], []
+    for each in (plan, own):
+        decoder = Decoder(each, n_rows, 19, n_mtp=1)
+        for cache in decoder.caches:
+            cache.fill_(7.0)  # behind its end a cache may hold anything
+        decoder.prefill(ids)
+        new = torch.stack([ids[i, start : start + 3] for i, start in enumerate(starts)])
+        h = decoder.step(new, starts)
+        found.append((h, decoder.mtp_step(0, h, new, starts)))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert generate(own, PROMPTS, 9, speculative=2).tokens.equal(generate(plan, PROMPTS, 9).tokens)
 
 
 def test_mtp_step_computes_the_modules_states(model, plan):
