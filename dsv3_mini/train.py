@@ -7,8 +7,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dsv3_mini.average import WeightAverage
 from dsv3_mini.balance import BiasBalancer
 from dsv3_mini.checkpoint import write_json
 from dsv3_mini.config import ModelConfig
@@ -31,31 +32,6 @@ from dsv3_mini.recompute import recompute_activations
 from dsv3_mini.resume import Snapshot, cut_log, read_log, stop_requests, unique_tensors, write_whole
 
 # What does a run consist of?
-
-
-class WeightAverage:
-    """Exponential moving average of the parameters, kept beside them: v = v + (p - v) / min(step, horizon)."""
-
-    def __init__(self, model: nn.Module, horizon: float):
-        self.parameters, self.horizon = dict(model.named_parameters()), max(1.0, horizon)
-        self.values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After step number `step`, counted from 1: the plain mean at first, then the moving one."""
-        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 / min(step, self.horizon))
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside the `with`, the model's parameters hold the average."""
-        own = {name: parameter.data for name, parameter in self.parameters.items()}
-        try:
-            for name, parameter in self.parameters.items():
-                parameter.data = self.values[name]
-            yield
-        finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = own[name]
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
