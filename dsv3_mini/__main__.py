@@ -1,6 +1,7 @@
 """The command line: python -m dsv3_mini cost | train | generate | bench | experiment (each with --help)."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def add_train(commands) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own options")
     parser.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the final weights")
     parser.set_defaults(run=train)
+    several = parser.add_argument_group("several processes (torchrun --nproc-per-node 4 -m dsv3_mini train ...)")
+    several.add_argument("--pipeline", type=int, default=1, help="stages of DualPipe: 1 or an even number")
+    several.add_argument("--experts", type=int, default=1, help="processes that share the routed experts of a stage")
     options = parser.add_argument_group("what a resumed run keeps")
     for name, kind, text in (
         ("preset", str, "nano or mini (nano)"),
@@ -71,11 +75,37 @@ def train(options: argparse.Namespace) -> None:
     from dsv3_mini.train import train as run_training
 
     given = {f.name: getattr(options, f.name) for f in fields(TrainOptions) if hasattr(options, f.name)}
+    many = torch.distributed.is_torchelastic_launched() or (options.pipeline, options.experts) != (1, 1)
+    if many or options.resume and (Path(options.out) / "checkpoints").is_dir():
+        return train_on_all(options, given)
     stored = Snapshot.load(Path(options.out)).options if options.resume else TrainOptions()
     model = run_training(
         replace(stored, **given), options.out, options.resume, save_dtype=getattr(torch, options.save_dtype)
     )
     print(show_result(model, options.out))
+
+
+def train_on_all(options: argparse.Namespace, given: dict) -> None:
+    """Train or resume on the processes that torchrun started, or alone what they began; rank 0 prints."""
+    from dataclasses import replace
+
+    import torch
+
+    from dsv3_mini.distributed import train_together
+    from dsv3_mini.launch import from_first, joined
+    from dsv3_mini.recipe import TrainOptions
+    from dsv3_mini.sharded import read_document
+    from dsv3_mini.train import show_result
+
+    def wanted() -> TrainOptions:
+        stored = read_document(Path(options.out) / "checkpoints")["options"] if options.resume else {}
+        return replace(TrainOptions(**stored), **given)
+
+    with joined(given.get("device", "cpu")):
+        grid, dtype = (options.pipeline, options.experts), getattr(torch, options.save_dtype)
+        member = train_together(from_first(wanted), options.out, *grid, options.resume, save_dtype=dtype)
+        if member.run:
+            print(show_result(member.run.model, options.out))
 
 
 def add_generate(commands) -> None:
@@ -195,7 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped", file=sys.stderr)
         return 130
     return 0
 

@@ -127,7 +127,9 @@ class StageRunner:
         stage, micro_batch = self.stages[chunk.direction], chunk.direction * self.second + chunk.idx
         x = x if x is None else x.requires_grad_()
         out = stage(x, self.windows[micro_batch])
-        self.saved[chunk[1:]] = x, torch.autograd.graph.get_gradient_edge(out)
+        balance = stage.balance_loss(len(self.windows[micro_batch]))
+        roots = [out] if balance is None else [out, balance]
+        self.saved[chunk[1:]] = x, [torch.autograd.graph.get_gradient_edge(root) for root in roots]
         self.peak_live = max(self.peak_live, len(self.saved) + len(self.store.queue))
         if stage.is_last:
             self.losses[micro_batch] = out.detach()
@@ -138,11 +140,11 @@ class StageRunner:
 
     def backward(self, chunk: Chunk, grad: Tensor | None) -> Tensor | None:
         """Gradient of the stage's input and, unless put off ("I"), of its weights; the mean loss is differentiated."""
-        x, edge = self.saved.pop(chunk[1:])
-        if grad is None:
-            grad = self.losses[chunk.direction * self.second + chunk.idx].new_tensor(1 / len(self.windows))
+        x, edges = self.saved.pop(chunk[1:])
+        like = self.losses[chunk.direction * self.second + chunk.idx] if grad is None else grad
+        share = like.new_tensor(1 / len(self.windows))  # of the losses that start in this stage
         self.store.deferring = chunk.kind == "I"
-        torch.autograd.backward(edge, grad)
+        torch.autograd.backward(edges, [share if grad is None else grad, share][: len(edges)])
         if chunk.kind == "I":
             self.store.flush(chunk[1:])
         return None if x is None else x.grad
@@ -174,10 +176,16 @@ class Pipeline:
     def step(self, windows: Tensor) -> dict[int, Tensor]:
         """Forward and backward of all micro-batches, windows (n_chunks, B, T + 1); only first and last stage read them.
 
-        Returns the losses that end on this rank, by micro-batch; gradients of the mean loss are added to the
-        parameters, summed over copies. ValueError if the shapes of windows differ between ranks, or if a stage's
-        output does not fit or is a view.
+        Returns the losses that end on this rank, by micro-batch; gradients of the mean loss, and of the stages' mean
+        balance losses, are added to the parameters, summed over copies. ValueError if the shapes of windows differ
+        between ranks, or if a stage's output does not fit or is a view.
         """
+        losses = self.replay(windows)
+        sum_copies(self.parameters, self.group)
+        return losses
+
+    def replay(self, windows: Tensor) -> dict[int, Tensor]:
+        """`step` without the sum over copies: each rank keeps the gradients of its own micro-batches."""
         check_windows(windows, self.n_chunks, self.group)
         example = next(iter(self.parameters.values()))
         shape = (*windows[0, :, 1:].shape, self.stages[0].hidden_size)  # (B, T, D)
@@ -188,7 +196,6 @@ class Pipeline:
             self.run(op)
         self.mail.post()
         self.mail.finish()
-        sum_copies(self.parameters, self.group)
         return self.runner.losses
 
     def run(self, op: tuple[Chunk, ...]) -> None:
@@ -263,13 +270,14 @@ def run_schedule(
     workers: Workers,
     mtp_weight: float = 0.3,
     pace: float = 0.0,
+    alpha: float = 0.0,
 ) -> PipelineRun:
     """One training step of `model` on the processes of `workers`, which get copies; windows (n_chunks, B, T + 1).
 
     Only the ranks that hold a first or last stage receive the tokens. `model` itself is left as it is.
     """
     n_ranks = len(schedule)
-    stages = split_into_stages(model, n_ranks * (2 if schedule.folded else 1), mtp_weight)
+    stages = split_into_stages(model, n_ranks * (2 if schedule.folded else 1), mtp_weight, alpha)
     mine = [stages_of_rank(stages, schedule, rank) for rank in range(n_ranks)]
     reads = [any(stage.is_first or stage.is_last for stage in pair) for pair in mine]
     tokens = [windows if read else torch.zeros_like(windows) for read in reads]

@@ -140,8 +140,8 @@ class ExpertParallelMoE(nn.Module):
 
     @classmethod
     def from_moe(cls, moe: MoE, mesh: DeviceMesh, fp8_dispatch: bool = False) -> "ExpertParallelMoE":
-        """This rank's part of a whole layer, in its dtype."""
-        part = cls(moe.gate.config, mesh, fp8_dispatch).to(moe.experts.down_proj.dtype)
+        """This rank's part of a whole layer, in its dtype and on its device."""
+        part = cls(moe.gate.config, mesh, fp8_dispatch).to(moe.experts.down_proj)
         state, width = moe.state_dict(), len(part.experts.down_proj)
         for name in ("experts.gate_up_proj", "experts.down_proj"):
             state[name] = state[name][part.first : part.first + width]
@@ -175,7 +175,7 @@ class ExpertParallelMoE(nn.Module):
         local = indices - self.first
         row, slot = ((local >= 0) & (local < len(self.experts.down_proj))).nonzero(as_tuple=True)
         y = self.experts(rows[row], Routing(local[row, slot, None], weights[row, slot, None], None))
-        return torch.zeros_like(rows).index_add(0, row, y)
+        return y.new_zeros(rows.shape).index_add(0, row, y)
 
 
 def sum_replicated_gradients(moe: ExpertParallelMoE) -> None:
@@ -201,6 +201,14 @@ def run_rank(
     sum_replicated_gradients(part)
     gradients = {name: weight.grad for name, weight in part.named_parameters()}
     return {"output": output.detach(), "x": x.grad, "copies": part.copies, **gradients}
+
+
+def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Put this rank's `ExpertParallelMoE` in the place of every MoE in a model."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, MoE):
+                setattr(module, name, ExpertParallelMoE.from_moe(child, mesh))
 
 
 # Which wires does a token use?

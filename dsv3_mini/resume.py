@@ -16,7 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsv3_mini.recipe import TrainOptions
+from dsv3_mini.recipe import TrainOptions, sequences_before, settings_at
+
+# What does a run consist of?
+
+
+def log_entry(
+    step: int, options: TrainOptions, losses: dict[str, Tensor], norm: Tensor, violation: float, seconds: float
+) -> dict[str, float]:
+    """The log line of a step that is done: losses, norm of the gradient before clipping, MaxVio of the worst layer."""
+    settings, n_sequences = settings_at(step - 1, options), sequences_before(step, options.steps, options.batch_size)
+    entry = {"step": step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
+    entry |= {"learning_rate": float(f"{settings.learning_rate:.4g}"), "gradient_norm": round(norm.item(), 4)}
+    entry |= {"max_violation": round(violation, 4), "tokens": n_sequences * options.seq_len}
+    return entry | {"tokens_per_second": round(settings.batch_size * options.seq_len / seconds, 1)}
+
 
 # What must survive a crash?
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_mini.balance import sequence_balance_loss
 from dsv3_mini.layers import rope_table
-from dsv3_mini.moe import Experts, Routing, grouped_linear
+from dsv3_mini.moe import Experts, Routing, grouped_linear, record_routing
 from dsv3_mini.mtp import mtp_losses
 from dsv3_mini.schedule import Schedule
 
@@ -24,12 +25,22 @@ class Stage(nn.Module):
 
     The first stage embeds, the last ends in the loss. forward: hidden states (B, T, D), None for the first stage,
     and the windows (B, T + 1), which first and last stage read -> hidden states, or the loss in nats a token.
+    alpha: factor of the balance loss of its own gates, which a forward leaves behind for `balance_loss`.
     """
 
-    def __init__(self, model: nn.Module, layers: range, is_first: bool, is_last: bool, mtp_weight: float = 0.3):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: range,
+        is_first: bool,
+        is_last: bool,
+        mtp_weight: float = 0.3,
+        alpha: float = 0.0,
+    ):
         super().__init__()
         whole, mtp = model.model, getattr(model, "mtp_layers", []) if is_last and mtp_weight else []
-        self.is_first, self.is_last, self.mtp_weight = is_first, is_last, mtp_weight
+        self.is_first, self.is_last, self.mtp_weight, self.alpha = is_first, is_last, mtp_weight, alpha
+        self.routings: list[Routing] = []
         self.frequencies, self.rope_amplitude = whole.frequencies, whole.rope_amplitude
         self.layer_idx, self.hidden_size = layers, model.config.hidden_size
         self.mtp_idx = range(whole.n_layers, whole.n_layers + len(mtp))
@@ -41,11 +52,17 @@ class Stage(nn.Module):
             self.model.norm, self.lm_head = whole.norm, model.lm_head
 
     def forward(self, x: Tensor | None, windows: Tensor | None) -> Tensor:
+        with record_routing(self) as self.routings:
+            h = self.blocks(x, windows)
+            return self.loss(self.model.norm(h), windows) if self.is_last else h
+
+    def blocks(self, x: Tensor | None, windows: Tensor | None) -> Tensor:
+        """Hidden states (B, T, D) behind its last block, before the norm."""
         x = self.model.embed_tokens(windows[:, :-1]) if self.is_first else x  # (B, T, D)
         rope = self.rope(0, x.shape[1])
         for i in self.layer_idx:
             x = self.model.layers[str(i)](x, rope)
-        return self.loss(self.model.norm(x), windows) if self.is_last else x
+        return x
 
     def loss(self, h: Tensor, windows: Tensor) -> Tensor:
         """Next-token loss plus mtp_weight times the mean loss of the MTP layers; h (B, T, D) after the norm."""
@@ -54,22 +71,34 @@ class Stage(nn.Module):
             loss = loss + self.mtp_weight * torch.stack(mtp).mean()
         return loss
 
+    def balance_loss(self, n_sequences: int) -> Tensor | None:
+        """alpha times the sequence-wise loss of the forward just done, summed over its gates; None if there is none."""
+        routings, self.routings = self.routings, []
+        if not (routings and self.alpha):
+            return None
+        losses = [sequence_balance_loss(r.scores, r.indices.shape[1], n_sequences) for r in routings]
+        return self.alpha * torch.stack(losses).sum()
+
     def rope(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         device = next(self.parameters()).device
         positions = torch.arange(start, start + length, device=device)
         return rope_table(positions, self.frequencies.to(device), self.rope_amplitude)
 
 
-def split_into_stages(model: nn.Module, n_stages: int, mtp_weight: float = 0.3) -> list[Stage]:
+def split_into_stages(
+    model: nn.Module, n_stages: int, mtp_weight: float = 0.3, alpha: float = 0.0, kind: type[Stage] = Stage
+) -> list[Stage]:
     """Cut a DeepSeekV3 or LanguageModel into stages of as equal depth as can be; early ones take what is left over.
 
-    The stages share the model's parameters. ValueError if there are fewer layers than stages.
+    The stages, of class `kind`, share the model's parameters. ValueError if there are fewer layers than stages.
     """
     n_layers = model.model.n_layers
-    if not 2 <= n_stages <= n_layers:
-        raise ValueError(f"n_stages={n_stages} must lie in 2..{n_layers}, the number of layers")
+    if not 1 <= n_stages <= n_layers:
+        raise ValueError(f"n_stages={n_stages} must lie in 1..{n_layers}, the number of layers")
     ends = [sum(n_layers // n_stages + (s < n_layers % n_stages) for s in range(k)) for k in range(n_stages + 1)]
-    return [Stage(model, range(ends[s], ends[s + 1]), s == 0, s == n_stages - 1, mtp_weight) for s in range(n_stages)]
+    return [
+        kind(model, range(ends[s], ends[s + 1]), s == 0, s == n_stages - 1, mtp_weight, alpha) for s in range(n_stages)
+    ]
 
 
 class WeightGradStore:

@@ -29,7 +29,7 @@ from dsv3_mini.losses import training_losses
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.recipe import Settings, TrainOptions, check_same_options, sequences_before, settings_at
 from dsv3_mini.recompute import recompute_activations
-from dsv3_mini.resume import Snapshot, cut_log, read_log, stop_requests, unique_tensors, write_whole
+from dsv3_mini.resume import Snapshot, cut_log, log_entry, read_log, stop_requests, unique_tensors, write_whole
 
 # What does a run consist of?
 
@@ -127,11 +127,7 @@ def train_step(run: Run) -> dict[str, float]:
     violation = max(run.balancer.step(), default=0.0)
     run.step += 1
     run.average.update(run.step)
-    seconds, n_sequences = time.perf_counter() - started, first + settings.batch_size
-    entry = {"step": run.step, **{name: round(loss.item(), 5) for name, loss in losses.items()}}
-    entry |= {"learning_rate": float(f"{settings.learning_rate:.4g}"), "gradient_norm": round(norm.item(), 4)}
-    entry |= {"max_violation": round(violation, 4), "tokens": n_sequences * options.seq_len}
-    return entry | {"tokens_per_second": round(settings.batch_size * options.seq_len / seconds, 1)}
+    return log_entry(run.step, options, losses, norm, violation, time.perf_counter() - started)
 
 
 def validate(run: Run) -> dict[str, float]:

@@ -25,13 +25,17 @@ def watch_parent() -> None:
     os._exit(1)
 
 
+def use_loopback() -> None:
+    """Tell gloo to speak over the loopback interface only; to be called before a group is made."""
+    if loopback := next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None):
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+
+
 def join_group(rank: int, n_ranks: int, port: int, timeout: float) -> None:
     """Become one rank of a gloo group that speaks over the loopback interface only, with one thread."""
     threading.Thread(target=watch_parent, daemon=True).start()
     torch.set_num_threads(1)
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    use_loopback()
     limit = timedelta(seconds=timeout)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=limit)
@@ -55,17 +59,24 @@ class Workers:
 
     with Workers(4) as workers: workers.run(function, arguments_of_each_rank). The function must live in a module that
     can be imported. If a rank fails, dies, or gives no answer within `timeout` seconds, all are ended and RuntimeError
-    names the rank and the cause. port: None takes a free one; OSError if the one asked for is in use.
+    names the rank and the cause. port: None takes a free one; OSError if the one asked for is in use. preload:
+    modules that the first Workers of a program import once for all processes that are forked later.
     """
 
-    def __init__(self, n_ranks: int, timeout: float = 60.0, port: int | None = None):
+    def __init__(
+        self,
+        n_ranks: int,
+        timeout: float = 60.0,
+        port: int | None = None,
+        preload: Sequence[str] = ("dsv3_mini.dualpipe",),
+    ):
         if n_ranks < 1:
             raise ValueError(f"n_ranks={n_ranks} must be 1 or more")
         self.timeout, self.processes, self.pipes = timeout, [], []
         self.store = open_store(port)
         context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
         if hasattr(os, "fork"):  # torch is imported once, in a server that every worker is forked from
-            context.set_forkserver_preload(["dsv3_mini.dualpipe"])
+            context.set_forkserver_preload(list(preload))
         for rank in range(n_ranks):
             ours, theirs = context.Pipe()
             arguments = (rank, n_ranks, self.store.port, timeout, theirs)

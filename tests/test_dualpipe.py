@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from dsv3_mini.balance import sequence_balance_loss
 from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.dualpipe import Mailbox, Pipeline, StageRunner, run_schedule
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.moe import record_routing
 from dsv3_mini.mtp import mtp_losses
 from dsv3_mini.schedule import (
     Chunk,
@@ -49,15 +51,17 @@ def tokens(n, batch=2, length=8):
     return torch.randint(37, (n, batch, length), generator=torch.Generator().manual_seed(5))
 
 
-def one_process(model, windows):
+def one_process(model, windows, alpha=0.0):
     """Losses and gradients of the whole model, micro-batch by micro-batch; it knows nothing of stages."""
     losses = []
     for text in windows:
-        h = model.model(text[:, :-1])
-        loss = F.cross_entropy(model.lm_head(h).flatten(0, 1), text[:, 1:].flatten())
-        if mtp := mtp_losses(getattr(model, "mtp_layers", []), h, text, model.model.rope):
-            loss = loss + 0.3 * torch.stack(mtp).mean()
-        (loss / len(windows)).backward()
+        with record_routing(model) as routings:
+            h = model.model(text[:, :-1])
+            loss = F.cross_entropy(model.lm_head(h).flatten(0, 1), text[:, 1:].flatten())
+            if mtp := mtp_losses(getattr(model, "mtp_layers", []), h, text, model.model.rope):
+                loss = loss + 0.3 * torch.stack(mtp).mean()
+        balance = sum(sequence_balance_loss(r.scores, 3, len(text)) for r in routings)
+        ((loss + alpha * balance) / len(windows)).backward()
         losses.append(loss.detach())
     return torch.stack(losses), {name: p.grad for name, p in model.named_parameters()}
 
@@ -83,9 +87,9 @@ def four():
         yield workers
 
 
-def check_step(model, windows, schedule, workers):
-    losses, gradients = one_process(copy.deepcopy(model), windows)
-    run = run_schedule(model, windows, schedule, workers)
+def check_step(model, windows, schedule, workers, alpha=0.0):
+    losses, gradients = one_process(copy.deepcopy(model), windows, alpha)
+    run = run_schedule(model, windows, schedule, workers, alpha=alpha)
     assert torch.equal(run.losses, losses)
     assert run.gradients.keys() == gradients.keys()
     for name, grad in gradients.items():
@@ -113,6 +117,16 @@ def test_float32_losses_are_bitwise_equal_too(two):
     run = run_schedule(model, windows, dualpipe_schedule(2, 4), two)
     assert torch.equal(run.losses, losses)
     torch.testing.assert_close(run.gradients, gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [zb1p_schedule, dualpipe_schedule])
+def test_balance_losses_start_in_every_stage(make, two):
+    """Far larger than V3's 1e-4, so that a gate without its term would show in every layer."""
+    model, windows = small_model(4), tokens(4)
+    run, _ = check_step(model, windows, make(2, 4), two, alpha=0.5)
+    plain = run_schedule(model, windows, make(2, 4), two).gradients
+    gates = [name for name in plain if name.endswith("mlp.gate.weight")]
+    assert len(gates) == 4 and all((run.gradients[name] - plain[name]).abs().max() > 1e-4 for name in gates)
 
 
 def test_a_plain_language_model_runs_too(two):
@@ -266,7 +280,9 @@ def sleep_long(seconds):
 
 
 def test_a_rank_that_gives_no_answer_is_named_when_time_is_up():
-    workers, started = Workers(2, timeout=2), time.monotonic()
+    workers = Workers(2)
+    workers.run(thread_count, [(), ()])  # both are up
+    workers.timeout, started = 2, time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 gave no answer within 2 s"):
         workers.run(sleep_long, [(0,), (60,)])
     assert time.monotonic() - started < 20 and not any(process.is_alive() for process in workers.processes)
@@ -346,7 +362,7 @@ def test_each_worker_is_one_rank_with_one_thread(two):
 def test_wrong_counts_are_refused_before_anything_runs(two):
     with pytest.raises(ValueError, match="3 stages, but the schedule runs 2 on 2 ranks"):
         stages_of_rank(split_into_stages(small_model(3), 3), one_f_one_b_schedule(2, 2), 0)
-    with pytest.raises(ValueError, match=r"n_stages=5 must lie in 2..3"):
+    with pytest.raises(ValueError, match=r"n_stages=5 must lie in 1..3"):
         split_into_stages(small_model(3), 5)
     with pytest.raises(ValueError, match="3 tuples of arguments for 2 ranks"):
         two.run(thread_count, [()] * 3)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.expert_parallel import (
     count_copies,
@@ -13,7 +14,9 @@ from dsv3_mini.expert_parallel import (
     unpack_fp8,
 )
 from dsv3_mini.fp8 import act_dequant, act_quant
-from dsv3_mini.moe import MoE, group_limited_topk
+from dsv3_mini.journeys import in_turns, time_journeys
+from dsv3_mini.mla import MLA
+from dsv3_mini.moe import MoE, group_limited_topk, moe_feed_forward
 from dsv3_mini.workers import Workers
 
 TOLERANCE = {torch.float64: dict(rtol=1e-12, atol=1e-12), torch.float32: dict(rtol=1e-4, atol=1e-5)}
@@ -132,6 +135,30 @@ def test_a_packed_letter_is_tiles_exponents_and_untouched_weights(dtype, n, widt
     tiles = act_dequant(*act_quant(letters[:, :width], scale_fmt="ue8m0")).to(dtype)
     assert back.dtype == dtype and torch.equal(back, torch.cat([tiles, letters[:, width:]], dim=1))
     assert torch.equal(unpack_fp8(pack_fp8(back, width), width, dtype), back)  # forwarding loses nothing
+
+
+def stretches(name, count, log):
+    for i in range(count):
+        log.append(f"{name}{i}")
+        yield
+    return name
+
+
+def test_journeys_take_turns_and_keep_their_order():
+    log = []
+    assert in_turns([stretches("a", 3, log), stretches("b", 1, log), stretches("c", 2, log)]) == ["a", "b", "c"]
+    assert log == ["a0", "b0", "c0", "a1", "c1", "a2"]
+
+
+def test_micro_batches_in_turns_give_the_hidden_states_of_the_whole_model(groups):
+    torch.manual_seed(0)
+    config = ModelConfig.preset("nano", num_hidden_layers=3, hidden_size=20, initializer_range=0.2, vocab_size=50)
+    model = LanguageModel(config, MLA, moe_feed_forward).double()
+    parts = [torch.randint(50, (n, 7)) for n in (4, 2)]
+    answers = groups[2].run(time_journeys, [(model, part, 1) for part in parts])
+    for (h, seconds), part in zip(answers, parts, strict=True):
+        torch.testing.assert_close(h, model.model(part), rtol=1e-10, atol=1e-12)
+        assert len(seconds) == 1 and min(seconds[0]) > 0
 
 
 def test_experts_that_do_not_spread_evenly_are_refused(groups):

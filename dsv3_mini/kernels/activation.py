@@ -42,9 +42,10 @@ def swiglu_quant(
     min_amax: float = 1e-4,
     interpret: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """act_quant(silu(gate) * up * weights) with [gate | up] = gate_up (N, 2F): q (N, F), scale (N, ceil(F/tile)).
+    """act_quant(silu(gate) * up * weights), [gate | up] = gate_up: (N, 2F) -> q (N, F), scale (N, ceil(F/tile)).
 
-    weights: (N, 1), a token's gate weight for the expert, or None. Computed in float32 from any float; rows of gate_up must be contiguous.
+    weights: (N, 1), a token's gate weight for the expert, or None. Computed in float32 from any float.
+    Rows of gate_up must be contiguous.
     """
     check_tile(tile, scale_fmt)
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.is_floating_point():
