@@ -195,10 +195,8 @@ def bench_kernels(options: argparse.Namespace) -> None:
 
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
-    parser.add_argument(
-        "name",
-        help="attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano, training_speed or long_context",
-    )
+    names = "attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano, mini, plain, training_speed"
+    parser.add_argument("name", help=f"{names} or long_context")
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 

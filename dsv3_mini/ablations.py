@@ -1,27 +1,29 @@
-"""The recipe with one part changed, three seeds each, and the speed of its step.
+"""The recipe with one part changed, three seeds each.
 
 Generated from chapters/11_pretraining.ipynb; edit the chapter, not this file.
 """
 
+import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from tokenizers import Tokenizer
 
-from dsv3_mini.accounting import count_parameters, flops_per_token
+from dsv3_mini.accounting import count_parameters
+from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import bits_per_byte
-from dsv3_mini.evaluate import gaps, infill_exact_match, next_token_accuracy, validation_loss
-from dsv3_mini.losses import training_losses
+from dsv3_mini.dataset import Dataset, prepare
+from dsv3_mini.evaluate import evaluate, gaps, infill_exact_match, next_token_accuracy, validation_loss
 from dsv3_mini.model import DeepSeekV3
-from dsv3_mini.peer import time_in_turn, transformers_twin
 from dsv3_mini.recipe import TrainOptions
 from dsv3_mini.resume import read_log
-from dsv3_mini.train import Run, make_optimizer, start_run, train_step
+from dsv3_mini.train import Run, continue_run, describe, load_run, start_run, train_step
 
 # Which part of the recipe earns its place?
 
@@ -107,73 +109,51 @@ def speed_of_bias_runs(seeds: int = 3) -> Iterator[dict]:
             yield recipe_run(f"{gamma:g}", seed, gamma=gamma)
 
 
-def our_step(model: DeepSeekV3, windows: torch.Tensor, dtype: torch.dtype):
-    """A function that trains one step of the next-token loss as the trainer does, and returns its tokens."""
-    optimizer = make_optimizer(model, TrainOptions())
-
-    def step() -> int:
-        losses, _ = training_losses(model, windows, mtp=False, balance=False, dtype=dtype)
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        return windows[:, 1:].numel()
-
-    return step
+def plain_model(config: ModelConfig) -> dict[str, int]:
+    """Changes to a config with which chapter 02's transformer has as many parameters as `config` activates a token."""
+    changes = {"first_k_dense_replace": config.num_hidden_layers, "num_nextn_predict_layers": 0}
+    with torch.device("meta"):
+        given = sum(p.numel() for p in LanguageModel(config.replace(**changes)).parameters())
+    missing = (count_parameters(config).activated - given) / (3 * config.hidden_size * config.num_hidden_layers)
+    return changes | {"intermediate_size": config.intermediate_size + round(missing)}
 
 
-def their_step(twin: nn.Module, windows: torch.Tensor, dtype: torch.dtype):
-    """The same with transformers' model and loss, torch's AdamW and clipping as they come."""
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    inputs, targets = windows[:, :-1], windows[:, 1:].contiguous()
-
-    def step() -> int:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = twin(inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-        optimizer.step()
-        return targets.numel()
-
-    return step
+def committed_run(folder: str | os.PathLike, data: Dataset) -> dict:
+    """The description of a folder that `train` wrote; ValueError if `data` is not what it was trained on."""
+    described = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    same_tokens = Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).to_str() == data.tokenizer.to_str()
+    if described["corpus"]["sha256"] != data.corpus.sha256 or not same_tokens:
+        raise ValueError(f"{folder} was trained on other text than this machine's {described['options']['data']}")
+    return described
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 1024, rounds: int = 5) -> float:
-    """FLOP/s of a square matrix product, the best of some rounds."""
-    a, b = torch.randn(2, size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(rounds):
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def training_speed(preset: str, dtype: str = "float32", batch: int = 8, seq_len: int = 256, rounds: int = 3) -> dict:
-    """Tokens a second of a training step, beside transformers on the same weights, in turn; and FLOP/s reached."""
-    torch.manual_seed(0)
-    config = ModelConfig.preset(preset, num_nextn_predict_layers=0)
-    model, kind = DeepSeekV3(config), getattr(torch, dtype)
-    windows = torch.randint(5, config.vocab_size, (batch, seq_len + 1))
-    sides = {
-        "transformers": their_step(transformers_twin(model), windows, kind),
-        "ours": our_step(model, windows, kind),
+def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
+    """The committed model beside counts, compressors and the text itself, on text that it has not read."""
+    options = TrainOptions(**json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["options"])
+    data, started = prepare(options), time.perf_counter()
+    described, model = committed_run(folder, data), DeepSeekV3.from_pretrained(folder, dtype=torch.float32)
+    results = evaluate(model, data)
+    yield {
+        **{"variant": "mini", "seed": options.seed, "seconds": round(time.perf_counter() - started, 1)},
+        **{"config": model.config.to_dict(), "n_activated": count_parameters(model.config).activated},
+        **{"run": described, "results": results},
     }
-    speed, rate = time_in_turn(sides, rounds), matmul_rate(kind)
-    flops = flops_per_token(config, seq_len, training=True) * speed["ours"]
-    speed["ratio"] = speed["ours"] / speed["transformers"]
-    return {**speed, "flops_per_second": flops, "matmul_flops_per_second": rate, "utilisation": flops / rate}
 
 
-def training_speed_runs() -> Iterator[dict]:
-    """Both presets, both dtypes."""
-    for preset in ("nano", "mini"):
-        for dtype in ("float32", "bfloat16"):
-            started = time.perf_counter()
-            speed = {name: round(value, 3) for name, value in training_speed(preset, dtype).items()}
-            seconds = round(time.perf_counter() - started, 1)
-            yield {"variant": f"{preset} {dtype}", "seed": 0, "seconds": seconds, **speed}
+def plain_runs(folder: str = "assets/checkpoints/mini", out: str = "runs/plain") -> Iterator[dict]:
+    """Chapter 02's transformer by the same recipe on the same tokens, at equal activated parameters; it can resume."""
+    options = TrainOptions(**json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["options"])
+    options = dataclasses.replace(options, model=plain_model(options.config()), mtp_weight=0.0)
+    resume = (Path(out) / "resume.safetensors").exists()
+    run = load_run(out, options, LanguageModel) if resume else start_run(options, out, build=LanguageModel)
+    committed_run(folder, run.data)
+    continue_run(run)
+    yield {
+        **{"variant": "transformer of chapter 02", "seed": options.seed, "config": run.model.config.to_dict()},
+        **{"seconds": describe(run)["seconds"], "n_parameters": sum(p.numel() for p in run.model.parameters())},
+        **{"run": describe(run), "log": [entry for entry in read_log(out) if "valid_loss" in entry]},
+        **{"results": evaluate(run.model, run.data)},
+    }
 
 
 def nano_runs(folder: str = "runs/nano") -> Iterator[dict]:

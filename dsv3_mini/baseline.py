@@ -33,9 +33,19 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
 
 
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`attention_reference` as two batched products: q, k (B, H, T, Dk), v (B, H, T, Dv) -> (B, H, T, Dv)."""
+    above = torch.full(2 * q.shape[-2:-1], float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # (T, T)
+    scores = torch.baddbmm(above, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)  # (B*H, T, T)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """`attention_reference` by torch's fused kernel; fewer key heads than query heads are shared out in order."""
     n_queries, n_keys, v_dim = q.shape[1], k.shape[1], v.shape[-1]
+    short = 1 < n_queries == n_keys <= 512 and q.shape[2] == k.shape[2]
+    if short and q.is_cpu and q.dtype == torch.bfloat16:
+        return attend_by_products(*(tensor.transpose(1, 2) for tensor in (q, k, v)), scale).transpose(1, 2)
     if v_dim < k.shape[-1] and n_queries > 1:  # unequal widths take torch's slow path on CPU
         v = F.pad(v, (0, k.shape[-1] - v_dim))
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, ...)

@@ -19,6 +19,7 @@ from dsv3_mini.baseline import next_token_loss
 from dsv3_mini.data import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, bits_per_byte, token_ids
 from dsv3_mini.dataset import Dataset
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.ngrams import NGrams, first_choices
 
 # How good is it, beside simpler things?
 
@@ -38,47 +39,6 @@ def next_token_accuracy(model: nn.Module, windows: Tensor, batch_size: int = 16)
     return torch.cat(hits).mean().item()
 
 
-class NGrams:
-    """An n-gram model with absolute discounting: each order gives part of its chance to the order below it.
-
-    P(w | c) = (max(n(c w) - d, 0) + d u(c) P(w | shorter c)) / n(c), u(c) the number of different tokens after c.
-    Contexts are numbers in base V, so V^order must stay below 2^63.
-    """
-
-    def __init__(self, windows: Tensor, vocab_size: int, order: int = 5, discount: float = 0.75):
-        if vocab_size**order >= 2**63:
-            raise ValueError(f"vocab_size={vocab_size} allows no {order}-grams: {vocab_size}^{order} exceeds 64 bits")
-        self.vocab_size, self.order, self.discount, self.tables = vocab_size, order, discount, []
-        for n in range(1, order + 1):
-            grams, counts = self.number(windows, n).flatten().unique(return_counts=True)
-            contexts, inverse = (grams // vocab_size).unique(return_inverse=True)
-            totals = torch.zeros(len(contexts)).index_add_(0, inverse, counts.float())
-            self.tables.append((grams, counts.float(), contexts, totals, torch.bincount(inverse).float()))
-
-    def number(self, windows: Tensor, n: int) -> Tensor:
-        """The n-gram that ends at each token which has n - 1 tokens before it, as one integer."""
-        grams = windows.unfold(1, n, 1)
-        return (grams * self.vocab_size ** torch.arange(n - 1, -1, -1)).sum(-1)
-
-    def log_probabilities(self, windows: Tensor) -> Tensor:
-        """Nats of tokens 1 .. T of each window given the tokens before them in it: (n, T + 1) -> (n, T)."""
-        p = torch.full(windows.shape, 1 / self.vocab_size)
-        for n, (grams, counts, contexts, totals, kinds) in enumerate(self.tables, start=1):
-            numbers = self.number(windows, n)
-            hits = look_up(grams, counts, numbers)
-            above, kind = (look_up(contexts, values, numbers // self.vocab_size) for values in (totals, kinds))
-            lower = p[:, n - 1 :]
-            mixed = ((hits - self.discount).clamp(min=0) + self.discount * kind * lower) / above
-            p = torch.cat((p[:, : n - 1], torch.where(above > 0, mixed, lower)), dim=1)
-        return p[:, 1:].log()
-
-
-def look_up(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """The value of each wanted key among sorted `keys`, 0 for a key that is not there."""
-    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    return torch.where(keys[place] == wanted, values[place], 0.0)
-
-
 def compressed_bits_per_byte(texts: Sequence[str]) -> dict[str, float]:
     """What gzip and xz make of the texts, joined."""
     data = "\n".join(texts).encode()
@@ -88,31 +48,10 @@ def compressed_bits_per_byte(texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-def first_choices(ngrams: NGrams, windows: Tensor) -> Tensor:
-    """The token that most often followed the longest known context, for tokens 1 .. T: (n, T + 1) -> (n, T)."""
-    best = torch.zeros_like(windows)
-    for n, (grams, counts, contexts, _, _) in enumerate(ngrams.tables, start=1):
-        order = counts.argsort(stable=True)
-        favourite = torch.zeros_like(contexts)
-        favourite[torch.searchsorted(contexts, grams[order] // ngrams.vocab_size)] = grams[order] % ngrams.vocab_size
-        asked = ngrams.number(windows, n) // ngrams.vocab_size
-        place = torch.searchsorted(contexts, asked).clamp(max=len(contexts) - 1)
-        best[:, n - 1 :] = torch.where(contexts[place] == asked, favourite[place], best[:, n - 1 :])
-    return best[:, 1:]
-
-
 def function_heads(texts: Sequence[str], count: int) -> list[str]:
-    """First lines of functions at column 0, one a text at most, from texts that the model has not read."""
-    found = (re.search(r"^def \w+\([^\n]*\):\n", text, re.M) for text in texts)
-    return [match[0] for match in found if match][:count]
-
-
-def complete_statements(text: str, finished: bool) -> str:
-    """The text up to the first line that leaves the function; its last line is cut unless the text is finished."""
-    lines = text.splitlines(keepends=True)
-    lines = lines if finished or not lines else lines[:-1]
-    body = next((i for i, line in enumerate(lines) if i and line[:1] not in (" ", "\t", "\n", "#", ")")), len(lines))
-    return "".join(lines[:body])
+    """First lines of functions at column 0, four a text at most and none twice, from texts that were not read."""
+    found = (head for text in texts for head in re.findall(r"^def \w+\([^\n]*\):\n", text, re.M)[:4])
+    return list(dict.fromkeys(found))[:count]
 
 
 def is_python(code: str) -> bool:
@@ -124,6 +63,18 @@ def is_python(code: str) -> bool:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
     return code.count("\n") > 1
+
+
+def complete_statements(text: str, finished: bool) -> str:
+    """The text up to the first line that leaves the function; its last line is cut unless the text is finished.
+
+    A line that would leave it in the middle of a string or bracket does not, if a later one completes the function.
+    """
+    lines = text.splitlines(keepends=True)
+    lines = lines if finished or not lines else lines[:-1]
+    leaving = [i for i, line in enumerate(lines) if i and line[:1] not in (" ", "\t", "\n", "#", ")")]
+    cuts = ["".join(lines[:i]) for i in (*leaving, len(lines))]
+    return next((code for code in cuts if is_python(code)), cuts[0])
 
 
 def valid_share(write: Callable[[str], str], heads: Sequence[str]) -> float:
@@ -149,6 +100,22 @@ def continue_ids(
     return new
 
 
+@torch.inference_mode()
+def continue_together(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """`continue_ids` of each prompt, greedily, for all of them in step: no padding, so no mask."""
+    lengths = [len(ids) for ids in prompts]
+    total = max(lengths) + new_tokens
+    texts = torch.tensor([[*ids, *[-1] * (total - len(ids))] for ids in prompts])  # -1 is still to be written
+    caches, start = model.new_caches(len(prompts), total), 0
+    for end in range(min(lengths), total):
+        choice = model.lm_head(model.model(texts[:, start:end], caches)[:, -1]).argmax(-1)
+        texts[:, end] = torch.where(texts[:, end] < 0, choice, texts[:, end])
+        start = end
+    new = [row[n : n + new_tokens] for row, n in zip(texts.tolist(), lengths, strict=True)]
+    last = model.config.eos_token_id
+    return [ids[: ids.index(last) + 1] if last in ids else ids for ids in new]
+
+
 def writer(model: DeepSeekV3, tokenizer: Tokenizer, new_tokens: int = 80, temperature: float = 0.0, seed: int = 0):
     """A function that continues a text with the model."""
 
@@ -157,6 +124,12 @@ def writer(model: DeepSeekV3, tokenizer: Tokenizer, new_tokens: int = 80, temper
         return tokenizer.decode([i for i in new if i != EOS])
 
     return write
+
+
+def write_together(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], new_tokens: int = 80) -> dict:
+    """{text: how `writer` continues it}, all texts at once."""
+    new = continue_together(model, [[BOS, *ids] for ids in token_ids(tokenizer, texts)], new_tokens)
+    return {text: tokenizer.decode([i for i in ids if i != EOS]) for text, ids in zip(texts, new, strict=True)}
 
 
 def ngram_writer(ngrams: NGrams, tokenizer: Tokenizer, new_tokens: int = 80):
@@ -185,43 +158,85 @@ def gaps(tokenizer: Tokenizer, texts: Sequence[str], count: int, context: int, s
     return found
 
 
-def infill_exact_match(model: DeepSeekV3, found: Sequence[tuple], see_suffix: bool = True) -> float:
+@torch.no_grad()
+def would_write(model: nn.Module, prompts: Sequence, answers: Sequence, batch_size: int = 16) -> list[bool]:
+    """Whether greedy decoding after each prompt gives exactly its answer; both are lists of token ids."""
+    hits, asked = [], list(zip(prompts, answers, strict=True))
+    for start in range(0, len(asked), batch_size):
+        part = asked[start : start + batch_size]
+        longest = max(len(prompt) + len(answer) for prompt, answer in part)
+        ids = torch.tensor([[*p, *a, *[EOS] * (longest - len(p) - len(a))] for p, a in part])
+        choices = model(ids).argmax(-1)  # (B, T)
+        hits += [row[len(p) - 1 :][: len(a)] == [*a] for row, (p, a) in zip(choices.tolist(), part, strict=True)]
+    return hits
+
+
+def infill_exact_match(
+    model: nn.Module, found: Sequence[tuple], see_suffix: bool = True, must_end: bool = True
+) -> float:
     """Share of gaps that greedy decoding fills with exactly the tokens that stood there.
 
-    see_suffix=False asks for the same tokens from left to right, without the text behind the gap.
+    see_suffix=False asks for the same tokens from left to right, without the text behind the gap. With it, the end
+    token must follow, unless must_end=False asks for the tokens alone.
     """
-    hits = 0
-    for prefix, middle, suffix in found:
-        asked = [BOS, FIM_BEGIN, *prefix, FIM_HOLE, *suffix, FIM_END] if see_suffix else [BOS, *prefix]
-        new = continue_ids(model, asked, len(middle) + see_suffix)
-        hits += new == [*middle, EOS] if see_suffix else new == middle
-    return hits / len(found)
+    if see_suffix:
+        prompts = [[BOS, FIM_BEGIN, *prefix, FIM_HOLE, *suffix, FIM_END] for prefix, _, suffix in found]
+    else:
+        prompts = [[BOS, *prefix] for prefix, _, _ in found]
+    answers = [[*middle, EOS] if see_suffix and must_end else middle for _, middle, _ in found]
+    return sum(would_write(model, prompts, answers)) / len(found)
 
 
-def evaluate(model: DeepSeekV3, data: Dataset, max_windows: int = 256, n_heads: int = 50, n_gaps: int = 100) -> dict:
+def measure_model(model: nn.Module, data: Dataset, windows: Tensor, heads: Sequence[str], holes: Sequence) -> dict:
+    """{measure: {who: value}} of the model."""
+    bits = bits_per_byte(validation_loss(model, windows, 16, len(windows)), 1, data.bytes_per_token)
+    return {
+        "bits per byte": {"model": bits},
+        "next token": {"model": next_token_accuracy(model, windows)},
+        "body parses": {"model": valid_share(write_together(model, data.tokenizer, heads).get, heads)},
+        "gap filled": {
+            "model, left to right": infill_exact_match(model, holes, see_suffix=False),
+            "model, both sides": infill_exact_match(model, holes, must_end=False),
+            "model, and stops": infill_exact_match(model, holes),
+        },
+    }
+
+
+def measure_counts(data: Dataset, vocab_size: int, windows: Tensor, heads: Sequence[str], holes: Sequence) -> dict:
+    """{measure: {who: value}} of single tokens, five-token counts, compressors and the text itself."""
+    ngrams = {"unigram": NGrams(data.train, vocab_size, 1), "5-gram": NGrams(data.train, vocab_size, 5)}
+    loss = {name: -counts.log_probabilities(windows).mean().item() for name, counts in ngrams.items()}
+    guessed = {name: (first_choices(n, windows) == windows[:, 1:]).float().mean().item() for name, n in ngrams.items()}
+    texts, five = data.corpus.valid, ngrams["5-gram"]
+    after = {head: text[text.index(head) + len(head) :] for text in texts for head in heads if head in text}
+    truth = {
+        head: data.tokenizer.decode(ids[:80])
+        for head, ids in zip(after, token_ids(data.tokenizer, [*after.values()]), strict=True)
+    }
+    filled = [
+        first_choices(five, torch.tensor([[*[BOS] * five.order, *prefix, *middle]]))[0, -len(middle) :].tolist()
+        == [*middle]
+        for prefix, middle, _ in holes
+    ]
+    return {
+        "bits per byte": compressed_bits_per_byte(texts)
+        | {name: bits_per_byte(nats, 1, data.bytes_per_token) for name, nats in loss.items()},
+        "next token": guessed,
+        "body parses": {
+            "5-gram": valid_share(ngram_writer(five, data.tokenizer), heads),
+            "the text itself": valid_share(truth.get, heads),
+        },
+        "gap filled": {"5-gram, left to right": sum(filled) / len(filled)},
+    }
+
+
+def evaluate(model: nn.Module, data: Dataset, max_windows: int = 256, n_heads: int = 100, n_gaps: int = 200) -> dict:
     """A model and simpler things on text that none of them has read: {measure: {who: value}}.
 
     Bits per byte of the text, share of next tokens guessed, of function bodies that parse, of gaps filled exactly.
     """
     windows = data.valid[:: max(1, len(data.valid) // max_windows)]
-    vocab_size, tokenizer, texts = model.config.vocab_size, data.tokenizer, data.corpus.valid
-    ngrams = {"unigram": NGrams(data.train, vocab_size, 1), "5-gram": NGrams(data.train, vocab_size, 5)}
-    loss = {name: -counts.log_probabilities(windows).mean().item() for name, counts in ngrams.items()}
-    loss["model"] = validation_loss(model, windows, 16, max_windows)
-    bits = {name: bits_per_byte(nats, 1, data.bytes_per_token) for name, nats in loss.items()}
-    guessed = {name: (first_choices(n, windows) == windows[:, 1:]).float().mean().item() for name, n in ngrams.items()}
-    heads, holes = function_heads(texts, n_heads), gaps(tokenizer, texts, n_gaps, windows.shape[1] // 2)
-    truth = {head: text[text.index(head) + len(head) :] for text in texts for head in heads if head in text}
-    return {
-        "bits per byte": compressed_bits_per_byte(texts) | bits,
-        "next token": guessed | {"model": next_token_accuracy(model, windows)},
-        "body parses": {
-            "5-gram": valid_share(ngram_writer(ngrams["5-gram"], tokenizer), heads),
-            "model": valid_share(writer(model, tokenizer), heads),
-            "the text itself": valid_share(truth.get, heads),
-        },
-        "gap filled": {
-            "model, left to right": infill_exact_match(model, holes, see_suffix=False),
-            "model, both sides": infill_exact_match(model, holes),
-        },
-    }
+    heads = function_heads(data.corpus.valid, n_heads)
+    asked = windows, heads, gaps(data.tokenizer, data.corpus.valid, n_gaps, windows.shape[1] // 2)
+    counted, measured = measure_counts(data, model.config.vocab_size, *asked), measure_model(model, data, *asked)
+    return {measure: values | measured[measure] for measure, values in counted.items()}

@@ -18,10 +18,11 @@ from dsv3_mini.ablations import (
     dense_runs,
     fim_runs,
     gate_runs,
+    mini_runs,
     mtp_runs,
     nano_runs,
+    plain_runs,
     speed_of_bias_runs,
-    training_speed_runs,
 )
 from dsv3_mini.balance import (
     BiasBalancer,
@@ -48,6 +49,7 @@ from dsv3_mini.data import (
 from dsv3_mini.fp8_training import fp8_runs
 from dsv3_mini.mla import MLA
 from dsv3_mini.moe import Routing, moe_feed_forward, record_routing
+from dsv3_mini.step_speed import training_speed_runs
 
 # Which part of the recipe earns its place?
 
@@ -237,6 +239,8 @@ EXPERIMENTS: dict[str, Callable] = {
     "gate": gate_runs,
     "bias_speed": speed_of_bias_runs,
     "nano": nano_runs,
+    "mini": mini_runs,
+    "plain": plain_runs,
     "training_speed": training_speed_runs,
 }
 

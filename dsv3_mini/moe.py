@@ -116,19 +116,42 @@ def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     return order, torch.bincount(expert, minlength=n_experts).cumsum(0, dtype=torch.int32)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of x runs: autocast's where it is on, but for float64."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Row block i of x (it ends before ends[i]) times weight[i]^T: (M, in), (E, out, in), (E,) -> (M, out).
 
     Obeys autocast as F.linear does. What torch's grouped_mm does not take, float64 or widths that are no multiple of
     16 bytes, is multiplied block by block.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = x.to(product_dtype(x)), weight.to(product_dtype(x))
     if x.dtype == torch.float64 or any(width * x.element_size() % 16 for width in weight.shape[1:]):
         starts = [0, *ends[:-1].tolist()]
         return torch.cat([x[a:b] @ w.T for a, b, w in zip(starts, ends.tolist(), weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def pad_blocks(order: Tensor, ends: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill each block of `sort_by_expert` up to a multiple: (choice in each row, row of each choice, new ends).
+
+    order: (N*K,), ends: (E,) -> (M,), (N*K,), (E,) with M >= N*K. Rows that fill up repeat choice 0.
+    """
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    longer = (sizes + multiple - 1) // multiple * multiple
+    new_ends = longer.cumsum(0, dtype=torch.int32)
+    moved = (new_ends - longer) - (ends - sizes)  # how far each block moves
+    rows = torch.arange(len(order), device=order.device)
+    if multiple > 1:
+        rows = rows + moved.repeat_interleave(sizes, output_size=len(order))
+    choice = order.new_zeros(int(new_ends[-1]) if multiple > 1 else len(order))
+    choice[rows] = order
+    return choice, torch.empty_like(order).scatter_(0, order, rows), new_ends
 
 
 class Experts(nn.Module):
@@ -150,10 +173,12 @@ class Experts(nn.Module):
         indices, n_experts = routing.indices, len(self.down_proj)
         if x.is_cpu and product is grouped_linear and 0 < 4 * indices.numel() <= n_experts:
             return visit_experts(x, routing, self.gate_up_proj, self.down_proj)
-        order, ends = sort_by_expert(indices, n_experts)
-        rows = x.index_select(0, order // indices.shape[1])  # (N*K, D)
-        y = self.feed_forward(rows, routing.weights.flatten()[order, None], ends, product)  # (N*K, D)
-        return F.embedding_bag(order.argsort().view_as(indices), y, mode="sum")
+        x = x.to(product_dtype(x))
+        multiple = 32 if x.is_cpu and x.dtype == torch.bfloat16 else 1
+        choice, row, ends = pad_blocks(*sort_by_expert(indices, n_experts), multiple)
+        rows = x.index_select(0, choice // indices.shape[1])  # (M, D), M >= N*K
+        y = self.feed_forward(rows, routing.weights.flatten()[choice, None], ends, product)  # (M, D)
+        return F.embedding_bag(row.view_as(indices), y, mode="sum")
 
     def feed_forward(self, rows: Tensor, weights: Tensor, ends: Tensor, product: Callable) -> Tensor:
         gate, up = product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)

@@ -19,7 +19,10 @@ from dsv3_mini.mla import MLA
 
 
 def attention_contexts(mla: MLA):
-    """Contexts for `checkpoint`: keep the core attention's result and the two small latents, redo all the rest."""
+    """Contexts for `checkpoint`: keep the core attention's result and the two small latents, redo all the rest.
+
+    A core of plain products, chapter 02's for bfloat16 on a CPU, is redone as well.
+    """
     kept = {mla.q_a_proj.out_features if hasattr(mla, "q_a_proj") else 0, mla.kv_a_proj_with_mqa.out_features}
 
     def policy(ctx, op, *args, **kwargs):

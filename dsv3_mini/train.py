@@ -7,8 +7,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +18,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dsv3_mini.average import WeightAverage
 from dsv3_mini.balance import BiasBalancer
 from dsv3_mini.checkpoint import write_json
+from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import bits_per_byte
 from dsv3_mini.dataset import Dataset, Stream, prepare
 from dsv3_mini.evaluate import continue_ids, validation_loss
@@ -30,31 +32,6 @@ from dsv3_mini.recompute import recompute_activations
 from dsv3_mini.resume import Snapshot, cut_log, log_entry, read_log, stop_requests, unique_tensors, write_whole
 
 # What does a run consist of?
-
-
-class WeightAverage:
-    """Exponential moving average of the parameters, kept beside them: v = v + (p - v) / min(step, horizon)."""
-
-    def __init__(self, model: nn.Module, horizon: float):
-        self.parameters, self.horizon = dict(model.named_parameters()), max(1.0, horizon)
-        self.values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After step number `step`, counted from 1: the plain mean at first, then the moving one."""
-        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 / min(step, self.horizon))
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside the `with`, the model's parameters hold the average."""
-        own = {name: parameter.data for name, parameter in self.parameters.items()}
-        try:
-            for name, parameter in self.parameters.items():
-                parameter.data = self.values[name]
-            yield
-        finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = own[name]
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
@@ -80,8 +57,16 @@ class Run:
     step: int = 0
 
 
-def start_run(options: TrainOptions, out: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Run:
-    """Check the request, read the text, build the model from the seed. Nothing is written yet."""
+def start_run(
+    options: TrainOptions,
+    out: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    build: Callable[[ModelConfig], nn.Module] = DeepSeekV3,
+) -> Run:
+    """Check the request, read the text, build the model from the seed. Nothing is written yet.
+
+    build: what makes a model of a config; one without `mtp_layers` needs mtp_weight=0.
+    """
     config, folder = options.config(), Path(out)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed for the run")
@@ -89,7 +74,7 @@ def start_run(options: TrainOptions, out: str | os.PathLike, tokenizer: Tokenize
     if options.batch_size > len(data.train):
         raise ValueError(f"batch_size={options.batch_size} exceeds the {len(data.train)} windows that the text gives")
     torch.manual_seed(options.seed)
-    model = DeepSeekV3(config)
+    model = build(config)
     if options.embedding_std:
         nn.init.normal_(model.model.embed_tokens.weight, std=options.embedding_std)
     model.to(options.device)
@@ -170,15 +155,18 @@ def save_run(run: Run) -> None:
     Snapshot(run.step, run.options, run.data.corpus.sha256, tokenizer, tensors).save(run.out)
 
 
-def load_run(out: str | os.PathLike, options: TrainOptions | None = None) -> Run:
+def load_run(
+    out: str | os.PathLike, options: TrainOptions | None = None, build: Callable[[ModelConfig], nn.Module] = DeepSeekV3
+) -> Run:
     """The run of a folder as its last checkpoint left it; log lines written after that are cut off.
 
     options: what the caller believes that the run was started with; ValueError if it was not, or if the text changed.
+    build: as in `start_run`.
     """
     folder = Path(out)
     snapshot = Snapshot.load(folder)
     check_same_options(options or snapshot.options, snapshot.options)
-    run = start_run(snapshot.options, folder, Tokenizer.from_str(snapshot.tokenizer))
+    run = start_run(snapshot.options, folder, Tokenizer.from_str(snapshot.tokenizer), build)
     if run.data.corpus.sha256 != snapshot.corpus:
         raise ValueError(f"{folder}: the text of {run.options.data} has changed since the checkpoint; resume needs it")
     targets = unique_tensors(run.model) | {f"average {k}": v for k, v in run.average.values.items()}

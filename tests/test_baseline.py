@@ -13,6 +13,7 @@ from dsv3_mini.baseline import (
     Block,
     Cache,
     LanguageModel,
+    attend_by_products,
     attention_reference,
     causal_attention,
     causal_mask,
@@ -91,6 +92,24 @@ def test_fused_attention_equals_the_reference_in_other_types(dtype, tolerance):
     for slow, fast in zip(*results, strict=True):
         assert fast.dtype == dtype
         torch.testing.assert_close(fast.double(), slow, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_by_products_equals_the_reference_with_gradients_and_serves_short_bfloat16():
+    q, k, v = normal(2, 9, 3, 6), normal(2, 9, 3, 6, seed=1), normal(2, 9, 3, 5, seed=2)
+    upstream, results = normal(2, 9, 3, 5, seed=3), []
+
+    def by_products(*tensors):
+        return attend_by_products(*(tensor.transpose(1, 2) for tensor in tensors), 0.4).transpose(1, 2)
+
+    for attend in (lambda *tensors: attention_reference(*tensors, 0.4), by_products):
+        inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        out = attend(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    half = [tensor.bfloat16() for tensor in (q, k, v)]
+    assert torch.equal(causal_attention(*half, 0.4), by_products(*half))
+    assert not torch.equal(causal_attention(q, k, v, 0.4), by_products(q, k, v))
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 6])

@@ -9,21 +9,28 @@ import torch
 
 from dsv3_mini.baseline import LanguageModel, next_token_loss
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.data import train_tokenizer
+from dsv3_mini.data import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, Corpus, encode, pack, train_tokenizer
+from dsv3_mini.dataset import Dataset
 from dsv3_mini.evaluate import (
-    NGrams,
     complete_statements,
     compressed_bits_per_byte,
     continue_ids,
+    continue_together,
+    evaluate,
     function_heads,
     gaps,
     infill_exact_match,
     is_python,
     next_token_accuracy,
+    ngram_writer,
     valid_share,
     validation_loss,
+    would_write,
+    write_together,
+    writer,
 )
 from dsv3_mini.model import DeepSeekV3
+from dsv3_mini.ngrams import NGrams, first_choices
 
 
 def tiny(cls):
@@ -90,6 +97,8 @@ def test_compressors_find_repetition_but_not_in_noise():
         ("def f():\n    return 1\nprint(2)\n", "def f():\n    return 1\n"),
         ("def f():\n    a = 1\n\n    b = (", "def f():\n    a = 1\n\n"),
         ("def f():\n    a = 1\n# note\ndef g", "def f():\n    a = 1\n# note\n"),
+        ('def f():\n    """a\nb\n    """\n    c\nd\n\n', 'def f():\n    """a\nb\n    """\n    c\n'),
+        ('def f():\n    """a\nb\nc\n', 'def f():\n    """a\n'),
     ],
 )
 def test_completion_ends_where_the_function_does(text, kept):
@@ -101,7 +110,7 @@ def test_validity_needs_a_body_and_a_parse_and_runs_nothing(tmp_path):
     assert is_python(f"def f():\n    open({str(marker)!r}, 'w')\n") and not marker.exists()
     assert not is_python("def f():\n    return (\n") and not is_python("def f():\n") and not is_python("def f():\n\0\n")
     assert not is_python("def f(): pass\n")
-    heads = function_heads(["import os\n\ndef f(x):\n    pass\n", "x = 1\n", "def g():\n  1\n"], 5)
+    heads = function_heads(["import os\n\ndef f(x):\n    pass\n", "x = 1\n", "def g():\n  1\ndef f(x):\n"], 5)
     assert heads == ["def f(x):\n", "def g():\n"]
     assert valid_share(lambda head: "    return 1\n    x" if "f" in head[4:6] else "    )\n\n", heads) == 0.5
 
@@ -119,15 +128,26 @@ def test_infill_asks_in_the_trained_order_and_wants_the_end(monkeypatch):
 
     asked = []
 
-    def fake(model, ids, new_tokens):
-        asked.append(ids)
-        return [9, 8, 1][:new_tokens]
+    def fake(model, prompts, answers):
+        asked.extend(zip(prompts, answers, strict=True))
+        return [True, False, False]
 
-    monkeypatch.setattr(module, "continue_ids", fake)
+    monkeypatch.setattr(module, "would_write", fake)
     found = [([5, 6], [9, 8], [7]), ([5], [9], [7]), ([5], [8], [7])]
-    assert infill_exact_match(None, found) == pytest.approx(1 / 3)  # the second goes on past its gap
-    assert asked[0] == [0, 3, 5, 6, 2, 7, 4]
-    assert infill_exact_match(None, found, see_suffix=False) == pytest.approx(2 / 3) and asked[3] == [0, 5, 6]
+    assert infill_exact_match(None, found) == pytest.approx(1 / 3)
+    assert asked[0] == ([BOS, FIM_BEGIN, 5, 6, FIM_HOLE, 7, FIM_END], [9, 8, EOS])
+    infill_exact_match(None, found, see_suffix=False)
+    assert asked[4] == ([BOS, 5], [9])
+    infill_exact_match(None, found, must_end=False)
+    assert asked[6] == (asked[0][0], [9, 8])
+
+
+def test_asking_whether_it_would_write_equals_writing():
+    model, prompts = tiny(DeepSeekV3), [[0, 7, 8, 9], [0, 9], [0, 30, 7, 8, 11, 12], [0, 5], [0, 44, 5]]
+    answers = [continue_ids(model, ids, n) for ids, n in zip(prompts, (3, 1, 4, 2, 2), strict=True)]
+    answers[1], answers[3] = [(answers[1][0] + 1) % 300], [answers[3][0], (answers[3][1] + 1) % 300]
+    written = [continue_ids(model, p, len(a)) == a for p, a in zip(prompts, answers, strict=True)]
+    assert written == [True, False, True, False, True] == would_write(model, prompts, answers, 2)
 
 
 def test_infill_runs_on_a_model():
@@ -142,3 +162,44 @@ def test_continuing_is_greedy_decoding_of_the_uncached_model_and_a_seeded_draw()
     assert new == ids[3 : 3 + len(new)] and (len(new) == 6 or new[-1] == model.config.eos_token_id)
     draws = [continue_ids(model, [7, 8, 9], 6, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("cls", [DeepSeekV3, LanguageModel])
+def test_continuing_together_is_continuing_alone_up_to_the_end_token(cls):
+    model, prompts = tiny(cls), [[0, 7, 8, 9], [0, 9], [0, 30, 7, 8, 11, 12, 13]]
+    alone = [continue_ids(model, ids, 9) for ids in prompts]
+    assert continue_together(model, prompts, 9) == alone
+    model.config = model.config.replace(eos_token_id=alone[0][4])
+    shorter = [continue_ids(model, ids, 9) for ids in prompts]
+    assert continue_together(model, prompts, 9) == shorter and len(shorter[0]) <= 5
+
+
+def test_first_choices_are_the_commonest_followers_of_the_longest_known_context():
+    windows = torch.randint(0, 4, (6, 12), generator=torch.Generator().manual_seed(2))
+    rows = windows[:4].tolist()
+    found = first_choices(NGrams(windows[:4], 4, order=3), windows).tolist()
+    for row, choices in zip(windows.tolist(), found, strict=True):
+        for i in range(1, 12):
+            for n in (2, 1, 0):  # tokens of context
+                context = row[i - n : i]
+                after = Counter(r[j] for r in rows for j in range(n, 12) if r[j - n : j] == context)
+                if i >= n and after:
+                    break
+            assert choices[i - 1] == max(after, key=lambda token: (after[token], token))
+
+
+def test_evaluation_at_once_equals_evaluation_one_by_one():
+    texts = [f"def f{i}(a, b):\n    return a + {i} * b\n\n\nprint(f{i}({i}, 2))\n" * 6 for i in range(9)]
+    tokenizer = train_tokenizer(texts, 290)
+    train, valid = (pack(encode(tokenizer, part), 24) for part in (texts[:6], texts[6:]))
+    data = Dataset(tokenizer, train, valid, 2.0, Corpus("x", texts[:6], texts[6:], ""))
+    model, heads = tiny(DeepSeekV3), function_heads(texts[6:], 3)
+    results = evaluate(model, data, n_heads=3, n_gaps=7)
+    alone = {head: writer(model, tokenizer)(head) for head in heads}
+    assert write_together(model, tokenizer, heads) == alone
+    five, holes = NGrams(train, 300, 5), gaps(tokenizer, texts[6:], 7, valid.shape[1] // 2)
+    hits = [continue_ids(model, [BOS, *prefix], len(middle)) == middle for prefix, middle, _ in holes]
+    assert results["gap filled"]["model, left to right"] == sum(hits) / 7
+    assert results["body parses"]["5-gram"] == valid_share(ngram_writer(five, tokenizer), heads)
+    assert results["bits per byte"]["model"] > results["bits per byte"]["unigram"] > results["bits per byte"]["5-gram"]
+    assert results["next token"]["5-gram"] > results["next token"]["unigram"] and len(results["gap filled"]) == 4

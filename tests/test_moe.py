@@ -20,6 +20,7 @@ from dsv3_mini.moe import (
     group_limited_topk,
     grouped_linear,
     moe_feed_forward,
+    pad_blocks,
     record_routing,
     sort_by_expert,
     visit_experts,
@@ -150,6 +151,37 @@ def test_sorting_drops_nothing_and_ends_count_the_choices(n_tokens, top_k, spare
     for i, (start, end) in enumerate(zip([0, *ends.tolist()], ends.tolist(), strict=False)):
         assert (indices.flatten()[order[start:end]] == i).all()
     assert ends[-1] == n_tokens * top_k
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 4), st.sampled_from([1, 3, 8]), st.integers(0, 10**6))
+def test_padded_blocks_hold_every_choice_once_in_its_experts_block(n_tokens, top_k, multiple, seed):
+    indices = torch.rand(n_tokens, 6, generator=torch.Generator().manual_seed(seed)).argsort(1)[:, :top_k]
+    choice, row, ends = pad_blocks(*sort_by_expert(indices, 6), multiple)
+    sizes = ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    wanted = -(-torch.bincount(indices.flatten(), minlength=6) // multiple) * multiple
+    assert sizes.tolist() == wanted.tolist() and len(choice) == wanted.sum()
+    assert choice[row].tolist() == list(range(n_tokens * top_k))
+    assert torch.equal(torch.arange(6).repeat_interleave(sizes)[row], indices.flatten())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_experts_equal_the_loop_with_gradients(autocast):
+    layer, x = layer_and_input(torch.float32, hidden_size=48, moe_intermediate_size=16, n_tokens=37)
+    wide = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (x, *weights_of(layer.experts))]
+    kind = torch.float32 if autocast else torch.bfloat16
+    narrow = [tensor.detach().to(kind).requires_grad_() for tensor in wide]
+    routing, experts = layer.gate(narrow[0].detach().float()), layer.experts
+    routing = routing._replace(weights=routing.weights.to(kind))
+    experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(tensor) for tensor in narrow[1:])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = experts(narrow[0], routing)
+    expected = experts_reference(wide[0], routing._replace(weights=routing.weights.double()), *wide[1:])
+    slow = [expected, *torch.autograd.grad(expected.sum(), wide)]
+    fast = [out, *torch.autograd.grad(out.sum(), [narrow[0], experts.gate_up_proj, experts.down_proj])]
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-2 * b.abs().max().item())
+    assert out.dtype == torch.bfloat16
 
 
 @settings(max_examples=20, deadline=None)

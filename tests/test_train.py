@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dsv3_mini.__main__ import main
+from dsv3_mini.ablations import plain_model
+from dsv3_mini.accounting import count_parameters
+from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE
 from dsv3_mini.dataset import Stream, arrange, read_sources
@@ -23,7 +27,7 @@ from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.mtp import mtp_losses
 from dsv3_mini.recipe import TrainOptions, learning_rate_factor, sequences_before, settings_at, warmup_steps
 from dsv3_mini.recompute import activation_bytes, recompute_activations
-from dsv3_mini.resume import Snapshot, write_whole
+from dsv3_mini.resume import Snapshot, read_log, write_whole
 from dsv3_mini.train import load_run, make_optimizer, save_run, start_run, train, train_step
 
 TINY = dict(
@@ -378,6 +382,52 @@ def test_transformers_opens_the_folder_and_writes_the_same_text(options, tmp_pat
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run").generate(ids, max_new_tokens=9, do_sample=False)
     assert torch.equal(theirs[:, ids.shape[1] :], generate(model, ids, 9).tokens)
     assert tokenizer.decode(ids[0]) == "def f12(x):\n" and tokenizer.eos_token_id == EOS
+
+
+def test_another_model_is_trained_by_the_same_recipe_and_resumes(options, tmp_path):
+    options = TrainOptions(**{**options.__dict__, "mtp_weight": 0.0, "model": TINY | plain_model(options.config())})
+    whole, broken = (start_run(options, tmp_path, build=LanguageModel) for _ in range(2))
+    losses = [train_step(whole)["loss"] for _ in range(4)]
+    broken.out.mkdir(exist_ok=True)
+    train_step(broken)
+    save_run(broken)
+    resumed = load_run(tmp_path, options, LanguageModel)
+    assert [train_step(resumed)["loss"] for _ in range(3)] == losses[1:]
+    wanted, found = count_parameters(tiny_model().config).activated, sum(p.numel() for p in whole.model.parameters())
+    assert abs(found - wanted) <= 1.5 * TINY["hidden_size"] * TINY["num_hidden_layers"]
+    assert type(resumed.model) is LanguageModel
+
+
+# the committed model
+
+MINI = Path(__file__).parent.parent / "assets/checkpoints/mini"
+
+
+@pytest.mark.parametrize("prompt", ["def read_lines(path):\n", "import os\n\nclass "])
+def test_transformers_opens_the_committed_model_and_writes_the_same_text(prompt):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dsv3_mini.generate import generate
+
+    tokenizer = AutoTokenizer.from_pretrained(MINI)
+    twin = AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    theirs = twin.generate(ids, max_new_tokens=40, do_sample=False)[:, ids.shape[1] :]
+    ours = generate(DeepSeekV3.from_pretrained(MINI, dtype=torch.float32), ids, 40).tokens
+    assert tokenizer.decode(ours[0]) == tokenizer.decode(theirs[0]) and len(set(ours[0].tolist())) > 5
+
+
+def test_committed_model_is_small_and_its_log_is_that_of_its_run():
+    assert sum(file.stat().st_size for file in MINI.iterdir()) <= 25e6
+    described, log = json.loads((MINI / "run.json").read_text()), read_log(MINI)
+    options = TrainOptions(**described["options"])
+    assert [entry["step"] for entry in log] == list(range(1, options.steps + 1))
+    sequences = [sequences_before(step, options.steps, options.batch_size) for step in range(1, options.steps + 1)]
+    assert [entry["tokens"] for entry in log] == [n * options.seq_len for n in sequences]
+    rates = [float(f"{settings_at(step, options).learning_rate:.4g}") for step in range(options.steps)]
+    assert [entry["learning_rate"] for entry in log] == rates and described["tokens"] == log[-1]["tokens"]
+    config = ModelConfig.from_pretrained(MINI)
+    assert config.replace(torch_dtype=options.config().torch_dtype) == options.config()
 
 
 # the command line
