@@ -174,7 +174,7 @@ class Experts(nn.Module):
         if x.is_cpu and product is grouped_linear and 0 < 4 * indices.numel() <= n_experts:
             return visit_experts(x, routing, self.gate_up_proj, self.down_proj)
         x = x.to(product_dtype(x))
-        multiple = 32 if x.is_cpu and x.dtype == torch.bfloat16 else 1
+        multiple = 32 if product is grouped_linear and x.is_cpu and x.dtype == torch.bfloat16 else 1
         choice, row, ends = pad_blocks(*sort_by_expert(indices, n_experts), multiple)
         rows = x.index_select(0, choice // indices.shape[1])  # (M, D), M >= N*K
         y = self.feed_forward(rows, routing.weights.flatten()[choice, None], ends, product)  # (M, D)
