@@ -61,7 +61,8 @@ def scale_for(amax: Tensor, scale_fmt: str | None, largest: float = 448.0) -> Te
     if scale_fmt is None:
         return scale
     mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    above = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    return torch.where(scale.isfinite(), above, scale)  # an overflow stays one
 
 
 def check_float(x: Tensor, tile: int, dims: int) -> None:

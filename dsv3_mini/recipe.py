@@ -66,6 +66,8 @@ class TrainOptions:
         config = ModelConfig.preset(self.preset, **{"initializer_range": scaled_init(width), **self.model})
         if self.seq_len > config.max_position_embeddings:
             raise ValueError(f"seq_len={self.seq_len} exceeds max_position_embeddings={config.max_position_embeddings}")
+        if not self.mtp_weight and config.num_nextn_predict_layers:
+            raise ValueError("mtp_weight=0 would train no MTP module; model={'num_nextn_predict_layers': 0} has none")
         if (total := count_parameters(config).total) > 10**9:
             raise ValueError(f"preset {self.preset!r} has {total:,} parameters; train takes nano or mini")
         return config

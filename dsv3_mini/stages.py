@@ -155,9 +155,12 @@ class DeferredProduct(torch.autograd.Function):
 def defer_weight_gradients(module: nn.Module, store: WeightGradStore) -> None:
     """From now on the products of `module` leave their weight gradients to `store`: linear layers and experts.
 
-    Norm gains, embeddings and the gate's small matrix get theirs in the ordinary backward.
+    Norm gains, embeddings and the gate's small matrix get theirs in the ordinary backward. ValueError for a layer that
+    multiplies in its own way, as chapter 07's do: deferring would replace its arithmetic.
     """
-    for part in module.modules():
+    for name, part in module.named_modules():
+        if any(isinstance(part, base) and type(part) is not base for base in (nn.Linear, Experts)):
+            raise ValueError(f"{name} is {type(part).__name__}; a pipeline defers the products of plain layers only")
         if isinstance(part, nn.Linear) and part.bias is None:
             part.forward = partial(linear_deferred, part, store)
         elif isinstance(part, Experts):

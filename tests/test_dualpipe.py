@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from dsv3_mini.balance import sequence_balance_loss
 from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.dualpipe import Mailbox, Pipeline, StageRunner, run_schedule
+from dsv3_mini.fp8 import FP8Linear
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.moe import record_routing
 from dsv3_mini.mtp import mtp_losses
@@ -206,6 +208,12 @@ def test_store_is_first_in_first_out():
         store.pop((0, 1))
     store.pop((0, 0))
     assert done == [0]
+
+
+def test_layers_with_a_product_of_their_own_are_not_deferred():
+    layer = nn.Sequential(FP8Linear(32, 32))
+    with pytest.raises(ValueError, match="0 is FP8Linear; a pipeline defers the products of plain layers only"):
+        defer_weight_gradients(layer, WeightGradStore())
 
 
 def test_activations_are_freed_when_they_are_sent():

@@ -160,6 +160,8 @@ def test_ue8m0_scales_are_the_next_power_of_two():
     assert ((scale >= fine) & (scale < 2 * fine)).all()
     exact = torch.full((1, 128), 448.0 * 2**-3)
     assert act_quant(exact, scale_fmt="ue8m0")[1].item() == 2**-3
+    overflown = act_quant(torch.tensor([[1.0, torch.inf]]), scale_fmt="ue8m0")[1]
+    assert overflown.isinf().all()
 
 
 def test_power_of_two_scales_survive_retiling():

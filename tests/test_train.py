@@ -384,6 +384,11 @@ def test_transformers_opens_the_folder_and_writes_the_same_text(options, tmp_pat
     assert tokenizer.decode(ids[0]) == "def f12(x):\n" and tokenizer.eos_token_id == EOS
 
 
+def test_an_mtp_module_that_nothing_trains_is_refused(options):
+    with pytest.raises(ValueError, match="mtp_weight=0 would train no MTP module"):
+        TrainOptions(**{**options.__dict__, "mtp_weight": 0.0}).config()
+
+
 def test_another_model_is_trained_by_the_same_recipe_and_resumes(options, tmp_path):
     options = TrainOptions(**{**options.__dict__, "mtp_weight": 0.0, "model": TINY | plain_model(options.config())})
     whole, broken = (start_run(options, tmp_path, build=LanguageModel) for _ in range(2))
