@@ -18,6 +18,13 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # unit tests are small; chapters run in kernels of their own, with all cores
 
 
+def pytest_collection_modifyitems(items):
+    """A finished cell has 5 s to hand in its last output, too few on a machine that is busy with other things."""
+    for item in items:
+        if hasattr(item.parent, "output_timeout"):
+            item.parent.output_timeout = 60
+
+
 def pytest_sessionfinish(session):
     """A library may swallow the refusal, so the attempts themselves fail the run."""
     if attempts := session.config.outbound_log.read_text():

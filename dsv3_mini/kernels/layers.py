@@ -6,6 +6,7 @@ Generated from chapters/15_triton_fp8.ipynb; edit the chapter, not this file.
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -78,7 +79,7 @@ class GroupedFeedForward(torch.autograd.Function):
     """`fp8.FP8FeedForward` for all experts at once, its products and quantisation in kernels.
 
     x: (M, D) sorted by expert, weights: (M, 1) or None, gate_up: (E, 2F, D), down: (E, D, F), ends: (E,) -> (M, D).
-    F must be a multiple of tile, so that no tile holds a part of gate and a part of up.
+    F must be a multiple of tile, so that no tile holds a part of gate and a part of up: see `whole_tiles`.
     """
 
     @staticmethod
@@ -121,6 +122,14 @@ def segment_gradients(grad: Tensor, x: Tensor, ends: Tensor, *options) -> Tensor
     return dw
 
 
+def whole_tiles(gate_up: Tensor, down: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Weights (E, 2F, D) and (E, D, F) with F filled up to whole tiles by zeros, which change no scale and no sum."""
+    missing = -down.shape[-1] % tile
+    if not missing:
+        return gate_up, down
+    return F.pad(gate_up.unflatten(1, (2, -1)), (0, 0, 0, missing)).flatten(1, 2), F.pad(down, (0, missing))
+
+
 class KernelSwiGLU(FP8SwiGLU):
     """A dense FP8 feed-forward layer: one expert that sees every token."""
 
@@ -131,8 +140,8 @@ class KernelSwiGLU(FP8SwiGLU):
             return super().forward(x)
         gate_up, rows = torch.cat([self.gate_proj.weight, self.up_proj.weight])[None], x.flatten(0, -2)
         ends = torch.tensor([len(rows)], dtype=torch.int32, device=x.device)
-        options = ends, self.tile, None, self.interpret or None
-        return GroupedFeedForward.apply(rows, None, gate_up, self.down_proj.weight[None], *options).view_as(x)
+        weights = whole_tiles(gate_up, self.down_proj.weight[None], self.tile)
+        return GroupedFeedForward.apply(rows, None, *weights, ends, self.tile, None, self.interpret or None).view_as(x)
 
 
 class KernelFP8Experts(FP8Experts):
@@ -143,8 +152,8 @@ class KernelFP8Experts(FP8Experts):
     def feed_forward(self, rows: Tensor, weights: Tensor, ends: Tensor, product) -> Tensor:
         if not (rows.is_cuda or self.interpret):
             return super().feed_forward(rows, weights, ends, product)
-        options = ends, self.tile, "ue8m0", self.interpret or None
-        return GroupedFeedForward.apply(rows, weights, self.gate_up_proj, self.down_proj, *options)
+        pair, options = whole_tiles(self.gate_up_proj, self.down_proj, self.tile), (ends, self.tile, "ue8m0")
+        return GroupedFeedForward.apply(rows, weights, *pair, *options, self.interpret or None)
 
 
 class KernelExperts(Experts):
@@ -165,15 +174,11 @@ def use_kernels(model: nn.Module, interpret: bool = False) -> nn.Module:
     Raises ValueError if there is no layer to switch, or a tile that a kernel cannot cut.
     """
     classes = {FP8Linear: KernelLinear, FP8SwiGLU: KernelSwiGLU, FP8Experts: KernelFP8Experts, Experts: KernelExperts}
-    found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
+    found = [module for module in model.modules() if type(module) in classes]
     if not found:
         raise ValueError(f"{type(model).__name__} has neither FP8 layers nor experts; `to_fp8` makes the former")
-    for name, module in found:
-        tile, down = getattr(module, "tile", 128), getattr(module, "down_proj", None)
-        check_tile(tile, None)
-        width = getattr(down, "weight", down).shape[-1] if isinstance(module, (FP8SwiGLU, FP8Experts)) else tile
-        if width % tile:
-            raise ValueError(f"{name}: width {width} is no multiple of tile={tile}, and gate and up would share a tile")
-    for _, module in found:
+    for module in found:
+        check_tile(getattr(module, "tile", 128), None)
+    for module in found:
         module.__class__, module.interpret = classes[type(module)], interpret
     return model
