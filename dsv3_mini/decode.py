@@ -42,6 +42,28 @@ class DecodePlan:
         self.head = model.lm_head.weight.detach()[:n_tokens].T.contiguous()  # (D, V)
 
 
+def places_of_one(cos: Tensor, sin: Tensor, start: int, n_heads: int, only_last: bool) -> Places:
+    """Places of one row's new tokens, from position `start` on; cos and sin are theirs, (T, rope)."""
+    length, mask = len(cos), None
+    if length > 1 and not only_last:
+        mask = cos.new_full((length, start + length), -math.inf).triu_(start + 1)
+        mask = mask.repeat_interleave(n_heads, 0).unsqueeze(0)
+    of_q = [part[-1:, None] if only_last else part[:, None] for part in (cos, sin)]
+    return Places(cos, sin, *of_q, start, None, None, start + length, mask, only_last)
+
+
+def places_of_many(cos: Tensor, sin: Tensor, starts: Sequence[int], length: int, n_heads: int) -> Places:
+    """Places of `length` new tokens in each row, row i from starts[i] on; cos and sin cover the cache, (S, rope)."""
+    device, end = cos.device, max(starts) + length
+    rows, offsets = torch.arange(len(starts), device=device), torch.arange(length, device=device)
+    positions = torch.tensor(starts, device=device)[:, None] + offsets
+    unseen = torch.arange(end, device=device) > positions[..., None]  # (B, T, end)
+    mask = torch.zeros(unseen.shape, dtype=cos.dtype, device=device).masked_fill_(unseen, -math.inf)
+    mask = mask.repeat_interleave(n_heads, 1)
+    cos, sin = cos[positions.flatten()], sin[positions.flatten()]
+    return Places(cos, sin, cos[:, None], sin[:, None], starts[0], rows[:, None], positions, end, mask)
+
+
 class Decoder:
     """The caches of B texts, and the steps that fill them. Where a step begins is an argument, so forgetting is free.
 
@@ -62,24 +84,15 @@ class Decoder:
         """Positions starts[i] .. starts[i] + length - 1 of each row. ValueError beyond the capacity."""
         if (end := max(starts) + length) > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache of {self.capacity}")
-        device, n_heads, lengths, mask = self.cos.device, self.plan.config.num_attention_heads, None, None
-        if self.plan.attend is not None:
-            lengths = torch.tensor([start + length for start in starts], dtype=torch.int32, device=device)
+        n_heads = self.plan.config.num_attention_heads
         if len(starts) == 1:
-            cos, sin = self.cos[starts[0] : end], self.sin[starts[0] : end]
-            if length > 1 and not only_last:
-                mask = self.cos.new_full((length, end), -math.inf).triu_(starts[0] + 1)
-                mask = mask.repeat_interleave(n_heads, 0).unsqueeze(0)
-            of_q = [part[-1:, None] if only_last else part[:, None] for part in (cos, sin)]
-            return Places(cos, sin, *of_q, starts[0], None, None, end, mask, only_last, lengths)
-        rows, offsets = torch.arange(len(starts), device=device), torch.arange(length, device=device)
-        positions = torch.tensor(starts, device=device)[:, None] + offsets
-        unseen = torch.arange(end, device=device) > positions[..., None]  # (B, T, end)
-        mask = torch.zeros(unseen.shape, dtype=self.plan.dtype, device=device).masked_fill_(unseen, -math.inf)
-        mask = mask.repeat_interleave(n_heads, 1)
-        cos, sin = self.cos[positions.flatten()], self.sin[positions.flatten()]
-        of_q = cos[:, None], sin[:, None]
-        return Places(cos, sin, *of_q, starts[0], rows[:, None], positions, end, mask, False, lengths)
+            at = places_of_one(self.cos[starts[0] : end], self.sin[starts[0] : end], starts[0], n_heads, only_last)
+        else:
+            at = places_of_many(self.cos, self.sin, starts, length, n_heads)
+        if self.plan.attend is None:
+            return at
+        lengths = [start + length for start in starts]
+        return at._replace(lengths=torch.tensor(lengths, dtype=torch.int32, device=self.cos.device))
 
     def step(self, ids: Tensor, starts: Sequence[int]) -> Tensor:
         """New tokens (B, T), row i from position starts[i] on -> normed hidden states (B, T, D)."""
