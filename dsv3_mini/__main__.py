@@ -120,6 +120,7 @@ def add_generate(commands) -> None:
     parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
     parser.add_argument("--speculative", action="store_true", help="draft with the MTP layer")
     parser.add_argument("--drafts", type=int, choices=(1, 2), default=1, help="drafts a step with --speculative")
+    parser.add_argument("--compiled", action="store_true", help="decode in compiled loops: for long texts on a CPU")
     parser.set_defaults(run=generate)
 
 
@@ -128,10 +129,14 @@ def generate(options: argparse.Namespace) -> None:
     import time
 
     from dsv3_mini.completion import Completer
+    from dsv3_mini.decode import DecodePlan
 
     if not options.prompt and options.suffix is None:
         raise ValueError("the prompt is empty; at least one character is needed")
-    completer, started, counts = Completer.from_pretrained(options.checkpoint), time.perf_counter(), {}
+    plan_type = DecodePlan
+    if options.compiled:
+        from dsv3_mini.compiled import CompiledPlan as plan_type
+    completer, started, counts = Completer.from_pretrained(options.checkpoint, plan_type), time.perf_counter(), {}
     settings = {name: getattr(options, name) for name in ("suffix", "stop", "temperature", "top_p")}
     settings |= {"seeds": [options.seed], "n_drafts": options.drafts if options.speculative else 0}
     pieces = completer.stream(options.prompt, options.max_new_tokens, **settings)
@@ -174,10 +179,12 @@ def bench(options: argparse.Namespace) -> None:
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(options.json).parent} to write {options.json} into")
     figures = compare_with_transformers(**{name: getattr(options, name) for name in names})
-    print(f"{'tokens/s':26}{'ours':>10}{'transformers':>14}{'ratio':>8}{'speculative':>13}{'ratio':>8}")
+    sides = {"ours": "ratio", "speculative": "speculative_ratio"}
+    sides |= {"compiled": "compiled_ratio", "compiled speculative": "compiled_speculative_ratio"}
+    print(f"{'tokens/s':26}{'transformers':>14}" + "".join(f"{side:>22}" for side in sides))
     for name, row in figures["measured"].items():
-        print(f"{name:26}{row['ours']:10.0f}{row['transformers']:14.0f}{row['ratio']:8.2f}", end="")
-        print(f"{row['speculative']:13.0f}{row['speculative_ratio']:8.2f}" if "speculative" in row else "")
+        cells = (f"{row[s]:13.0f}{row[ratio]:8.2f}x" if s in row else f"{'':22}" for s, ratio in sides.items())
+        print(f"{name:26}{row['transformers']:14.0f}{''.join(cells)}".rstrip())
     if options.json:
         write_json(Path(options.json), figures)
 

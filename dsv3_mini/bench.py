@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from dsv3_mini.baseline import next_token_loss
+from dsv3_mini.compiled import CompiledPlan
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import python_corpus, token_ids
 from dsv3_mini.decode import DecodePlan
 from dsv3_mini.decode_layers import MoEStep
-from dsv3_mini.generate import generate, load_tokenizer
+from dsv3_mini.generate import Plan, generate, load_tokenizer
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.peer import time_in_turn, transformers_twin
 
@@ -77,28 +78,29 @@ class Listener:
 
 
 def decoding_sides(model: DeepSeekV3, prompt: torch.Tensor, new_tokens: int) -> dict[str, Callable]:
-    """Greedy decoding of one prompt (1, T) by both, and speculatively where the model has an MTP layer.
+    """Greedy decoding of one prompt (1, T) by transformers, the plan and compiled loops, and with one draft a step.
 
-    The plan is made before the clock starts, as the twin is.
+    Drafts need a model with an MTP layer. Plans are made before the clock starts, as the twin is.
     """
-    twin, plan = transformers_twin(model), DecodePlan(model)
+    twin, plan, loops = transformers_twin(model), DecodePlan(model), CompiledPlan(model)
 
     def theirs(n: int, note: Callable) -> None:
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "streamer": Listener(note)}
         twin.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options)
 
-    writers = {"ours": lambda n, note: generate(plan, prompt, n, stop=(), on_token=note), "transformers": theirs}
+    def ours(plan: Plan, n_drafts: int) -> Callable:
+        return lambda n, note: generate(plan, prompt, n, stop=(), speculative=n_drafts, on_token=note)
+
+    writers = {"ours": ours(plan, 0), "transformers": theirs, "compiled": ours(loops, 0)}
     if model.mtp_layers:
-        writers["speculative"] = lambda n, note: generate(plan, prompt, n, stop=(), speculative=True, on_token=note)
+        writers |= {"speculative": ours(plan, 1), "compiled speculative": ours(loops, 1)}
     return {name: decoding_only(write, new_tokens) for name, write in writers.items()}
 
 
 def with_ratios(speeds: dict[str, float]) -> dict[str, float]:
-    """The speeds and what they are relative to transformers."""
-    ratios = {"ratio": speeds["ours"] / speeds["transformers"]}
-    if "speculative" in speeds:
-        ratios["speculative_ratio"] = speeds["speculative"] / speeds["transformers"]
-    return speeds | ratios
+    """The speeds, and each side's relative to transformers: "ratio" is ours, "compiled_ratio" the compiled loops'."""
+    names = {"ours": "ratio"} | {side: f"{side.replace(' ', '_')}_ratio" for side in speeds if side != "ours"}
+    return speeds | {names[s]: speed / speeds["transformers"] for s, speed in speeds.items() if s != "transformers"}
 
 
 def bytes_per_token(plan: DecodePlan, context: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from dsv3_mini.data import BOS, FIM_BEGIN, FIM_END, FIM_HOLE, SPECIAL_TOKENS, token_bytes, token_ids
 from dsv3_mini.decode import DecodePlan
-from dsv3_mini.generate import load_tokenizer, stream
+from dsv3_mini.generate import Plan, load_tokenizer, stream
 from dsv3_mini.model import DeepSeekV3
 
 # How does text come out whole?
@@ -58,21 +58,24 @@ class Piece(NamedTuple):
 
 
 class Completer:
-    """A model with its tokenizer, ready to write. ValueError when the tokenizer names tokens that the model lacks."""
+    """A model with its tokenizer, ready to write. plan_type: `DecodePlan`, or `CompiledPlan` for long texts on a CPU.
 
-    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer):
+    ValueError when the tokenizer names tokens that the model lacks.
+    """
+
+    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, plan_type: type[Plan] = DecodePlan):
         size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
         if size > rows:
             raise ValueError(
                 f"the tokenizer has {size} tokens and the model {rows}: they belong to different checkpoints"
             )
-        self.tokenizer, self.tokens, self.plan = tokenizer, token_bytes(tokenizer), DecodePlan(model, size)
+        self.tokenizer, self.tokens, self.plan = tokenizer, token_bytes(tokenizer), plan_type(model, size)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "Completer":
+    def from_pretrained(cls, folder: str | os.PathLike, plan_type: type[Plan] = DecodePlan) -> "Completer":
         """Open a checkpoint folder with its tokenizer.json."""
         tokenizer = load_tokenizer(folder)
-        return cls(DeepSeekV3.from_pretrained(folder), tokenizer)
+        return cls(DeepSeekV3.from_pretrained(folder), tokenizer, plan_type)
 
     def prompt_ids(self, prompt: str, suffix: str | None = None) -> list[int]:
         """Token ids of a prompt; with a suffix, of the gap between both in the order that training used (PSM)."""

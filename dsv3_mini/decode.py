@@ -18,6 +18,12 @@ from dsv3_mini.model import DeepSeekV3
 # Where does the time of one token go?
 
 
+def widened(model: DeepSeekV3) -> DeepSeekV3:
+    """The model in float32, or as it is where it already has that or more."""
+    dtype = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
+    return model if model.lm_head.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
 class DecodePlan:
     """A DeepSeekV3 with its weights laid out for decoding: prepared once, used for any number of texts.
 
@@ -31,15 +37,17 @@ class DecodePlan:
 
     @torch.no_grad()
     def __init__(self, model: DeepSeekV3, n_tokens: int | None = None, attend: Attend | None = None):
-        self.dtype = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
-        if model.lm_head.weight.dtype != self.dtype:
-            model = copy.deepcopy(model).to(self.dtype)
-        self.model, self.config, self.device = model, model.config, model.lm_head.weight.device
+        self.model = model = widened(model)
+        self.config, self.dtype, self.device = model.config, model.lm_head.weight.dtype, model.lm_head.weight.device
         blocks, self.norm = list(model.model.layers)[: self.config.num_hidden_layers], model.model.norm
         self.attend, self.layers = attend, [plan_block(block, self.dtype, attend) for block in blocks]
         self.mtp = [MTPStep(layer, self.dtype, attend) for layer in model.mtp_layers]
         self.unit, self.embedding = UnitNorm(self.norm, self.dtype), model.model.embed_tokens.weight.detach()
         self.head = model.lm_head.weight.detach()[:n_tokens].T.contiguous()  # (D, V)
+
+    def decoder(self, batch: int, capacity: int, n_mtp: int = 0) -> "Decoder":
+        """Room for the texts of a batch, see `Decoder`."""
+        return Decoder(self, batch, capacity, n_mtp)
 
 
 def places_of_one(cos: Tensor, sin: Tensor, start: int, n_heads: int, only_last: bool) -> Places:
@@ -80,11 +88,15 @@ class Decoder:
         table = plan.model.model.rope(0, capacity)
         self.cos, self.sin = (part.to(plan.dtype).repeat_interleave(2, dim=-1) for part in table)
 
-    def places(self, starts: Sequence[int], length: int, only_last: bool = False) -> Places:
-        """Positions starts[i] .. starts[i] + length - 1 of each row. ValueError beyond the capacity."""
+    def check(self, starts: Sequence[int], length: int) -> int:
+        """Where the longest row ends with its new tokens. ValueError beyond the capacity."""
         if (end := max(starts) + length) > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache of {self.capacity}")
-        n_heads = self.plan.config.num_attention_heads
+        return end
+
+    def places(self, starts: Sequence[int], length: int, only_last: bool = False) -> Places:
+        """Positions starts[i] .. starts[i] + length - 1 of each row."""
+        end, n_heads = self.check(starts, length), self.plan.config.num_attention_heads
         if len(starts) == 1:
             at = places_of_one(self.cos[starts[0] : end], self.sin[starts[0] : end], starts[0], n_heads, only_last)
         else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -171,9 +171,18 @@ def decode_speculative(decoder: Decoder, texts: Texts, sampler: Sampler, n_draft
         h = h[:, : max(len(ids) - 1 - start for ids, start in zip(texts.ids, starts, strict=True))]
 
 
+class Plan(Protocol):
+    """What `stream` needs of a model prepared for decoding, such as `DecodePlan`."""
+
+    config: ModelConfig
+    mtp: Sequence
+
+    def decoder(self, batch: int, capacity: int, n_mtp: int = 0) -> Decoder: ...
+
+
 @torch.inference_mode()
 def stream(
-    model: DeepSeekV3 | DecodePlan,
+    model: DeepSeekV3 | Plan,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -200,7 +209,7 @@ def stream(
     if n_drafts and not plan.mtp:
         raise ValueError("speculative decoding drafts with an MTP layer, and this model has none")
     capacity = max(map(len, prompts)) + max_new_tokens + n_drafts
-    decoder = Decoder(plan, len(prompts), capacity, min(n_drafts, len(plan.mtp)))
+    decoder = plan.decoder(len(prompts), capacity, min(n_drafts, len(plan.mtp)))
     sampler = Sampler(temperature, top_p, [None] * len(prompts) if seeds is None else seeds)
     texts = Texts(prompts, max_new_tokens, stop, stop_when)
     if n_drafts:
@@ -224,7 +233,7 @@ class Generation:
 
 
 def generate(
-    model: DeepSeekV3 | DecodePlan,
+    model: DeepSeekV3 | Plan,
     input_ids: Tensor | Sequence[Sequence[int]],
     max_new_tokens: int,
     *,

@@ -54,7 +54,7 @@ def test_both_sides_write_the_tokens_asked_for(monkeypatch):
     monkeypatch.setattr("dsv3_mini.bench.generate", lambda *a, **k: counts.append(generate(*a, **k).tokens.shape[1]))
     sides = decoding_sides(model, torch.tensor([[5, 6, 7]]), 4)
     measured = [side() for side in sides.values()]
-    assert [tokens for tokens, _ in measured] == [4, 4, 4] and counts == [7, 7]
+    assert [tokens for tokens, _ in measured] == [4] * 5 and counts == [7] * 4
     assert all(0 < seconds < 5 for _, seconds in measured)
 
 
@@ -80,7 +80,9 @@ def test_a_checkpoint_is_measured_on_text_it_has_not_read_and_with_drafts(tmp_pa
     assert ids.shape == (1, 50) and "\n".join(corpus.valid).startswith(text[:-1])
     found = compare_with_transformers(checkpoint=tmp_path, rounds=1, new_tokens=5, contexts=(50,))["measured"]
     row = found["greedy decoding at 50"]
-    assert 0 <= row["acceptance"] <= 1 and row["speculative_ratio"] == row["speculative"] / row["transformers"]
+    assert 0 <= row["acceptance"] <= 1 and row["ratio"] == row["ours"] / row["transformers"]
+    for side in ("speculative", "compiled", "compiled speculative"):
+        assert row[f"{side.replace(' ', '_')}_ratio"] == row[side] / row["transformers"]
 
 
 def test_command_prints_a_table_and_writes_json(tmp_path, capsys):

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from dsv3_mini.accounting import kv_cache_bytes_per_token
+from dsv3_mini.compiled import CompiledPlan, routing_rules
 from dsv3_mini.completion import Completer, TextStream
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import BOS, FIM_BEGIN, FIM_END, FIM_HOLE, train_tokenizer
-from dsv3_mini.decode import DecodePlan, Decoder
+from dsv3_mini.decode import DecodePlan
 from dsv3_mini.decode_layers import choose_experts
+from dsv3_mini.decode_loops import choose
 from dsv3_mini.generate import generate, load_tokenizer, stream
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.moe import group_limited_topk
@@ -55,9 +58,12 @@ def model():
     return build()
 
 
-@pytest.fixture(scope="module")
-def plan(model):
-    return DecodePlan(model)
+PLANS = pytest.mark.parametrize("plan_type", [DecodePlan, CompiledPlan])
+
+
+@pytest.fixture(scope="module", params=[DecodePlan, CompiledPlan])
+def plan(model, request):
+    return request.param(model)
 
 
 def uncached(model, prompt, n):
@@ -74,10 +80,11 @@ prompts_drawn = st.lists(st.lists(st.integers(0, 22), min_size=1, max_size=12), 
 # The plan
 
 
+@PLANS
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_plan_computes_the_models_logits_for_rows_of_unequal_length(changes):
+def test_plan_computes_the_models_logits_for_rows_of_unequal_length(plan_type, changes):
     model, ids = build(**changes), torch.randint(23, (3, 14), generator=torch.Generator().manual_seed(1))
-    decoder, starts, expected = Decoder(DecodePlan(model), 3, 14), [9, 2, 11], model(ids)
+    decoder, starts, expected = plan_type(model).decoder(3, 14), [9, 2, 11], model(ids)
     decoder.prefill(ids)
     new = torch.stack([ids[i, start : start + 3] for i, start in enumerate(starts)])
     logits = decoder.logits(decoder.step(new, starts))
@@ -85,10 +92,11 @@ def test_plan_computes_the_models_logits_for_rows_of_unequal_length(changes):
         torch.testing.assert_close(logits[i], expected[i, start : start + 3], rtol=1e-9, atol=1e-9)
 
 
+@PLANS
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 1e-4)])
-def test_plan_in_float32_stays_close_and_widens_bfloat16(dtype, atol):
+def test_plan_in_float32_stays_close_and_widens_bfloat16(plan_type, dtype, atol):
     model, ids = build(dtype, initializer_range=0.1), torch.randint(23, (1, 20))
-    decoder = Decoder(DecodePlan(model), 1, 20)
+    decoder = plan_type(model).decoder(1, 20)
     decoder.prefill(ids[:, :15])
     logits = torch.cat([decoder.logits(decoder.step(ids[:, i : i + 1], [i])) for i in range(15, 20)], dim=1)
     assert logits.dtype == torch.float32
@@ -110,7 +118,7 @@ def test_an_attention_of_your_own_gets_all_it_needs(model, plan, n_rows):
     own, ids = DecodePlan(model, attend=attend_by_loops), torch.randint(23, (n_rows, 14))
     starts, found = [9, 2, 11][:n_rows], []
     for each in (plan, own):
-        decoder = Decoder(each, n_rows, 19, n_mtp=1)
+        decoder = each.decoder(n_rows, 19, n_mtp=1)
         for cache in decoder.caches:
             cache.fill_(7.0)  # behind its end a cache may hold anything
         decoder.prefill(ids)
@@ -123,17 +131,20 @@ def test_an_attention_of_your_own_gets_all_it_needs(model, plan, n_rows):
 
 @pytest.mark.parametrize("top_two", [True, False])
 @pytest.mark.parametrize("groups", [(1, 1), (3, 2), (4, 3), (6, 4)])
-def test_experts_chosen_in_lists_are_those_chosen_in_tensors(groups, top_two):
+def test_experts_chosen_in_lists_and_loops_are_those_chosen_in_tensors(groups, top_two):
     scores = torch.rand(50, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
     expected = group_limited_topk(scores, 5, *groups, top_two).tolist()
     assert [choose_experts(row, 5, *groups, top_two) for row in scores.tolist()] == expected
+    rules = routing_rules(ModelConfig.preset("nano"))._replace(top_k=5, top_two=top_two)
+    rules = rules._replace(n_group=groups[0], topk_group=groups[1])
+    assert [choose(row, rules).tolist() for row in scores.numpy()] == expected
 
 
 def test_mtp_step_computes_the_modules_states(model, plan):
     ids = torch.randint(23, (1, 12))
     h, layer, rope = model.model(ids), model.mtp_layers[0], model.model.rope(0, 11)
     expected = layer.shared_head.norm(layer(h[:, :-1], ids[:, 1:], rope))
-    decoder = Decoder(plan, 1, 12, n_mtp=1)
+    decoder = plan.decoder(1, 12, n_mtp=1)
     decoder.mtp_prefill(0, h[:, :8], ids[:, 1:9])
     torch.testing.assert_close(decoder.mtp_step(0, h[:, 8:11], ids[:, 9:], [8]), expected[:, 8:], rtol=1e-9, atol=1e-9)
 
@@ -141,7 +152,7 @@ def test_mtp_step_computes_the_modules_states(model, plan):
 def test_mtp_step_of_the_last_state_alone_fills_the_cache_all_the_same(model, plan):
     h, ids, found = model.model(torch.randint(23, (1, 9))), torch.randint(23, (1, 9)), []
     for only_last in (False, True):
-        decoder = Decoder(plan, 1, 12, n_mtp=1)
+        decoder = plan.decoder(1, 12, n_mtp=1)
         first = decoder.mtp_step(0, h[:, :5], ids[:, :5], [0], only_last)
         found.append((decoder.caches[-1], first[:, -1:], decoder.mtp_step(0, h[:, 5:], ids[:, 5:], [5])))
     assert first.shape == (1, 1, 36)
@@ -150,14 +161,14 @@ def test_mtp_step_of_the_last_state_alone_fills_the_cache_all_the_same(model, pl
 
 def test_a_step_forgets_what_stood_behind_it(model, plan):
     ids = torch.randint(23, (1, 10))
-    decoder = Decoder(plan, 1, 10)
+    decoder = plan.decoder(1, 10)
     decoder.prefill(ids.roll(1))  # nine wrong positions, then the right ones over them
     steps = [decoder.step(ids[:, i : i + 1], [i]) for i in range(10)]
     torch.testing.assert_close(decoder.logits(torch.cat(steps, 1)), model(ids), rtol=1e-9, atol=1e-9)
 
 
 def test_cache_bytes_equal_the_formula_and_its_capacity_is_kept(model, plan):
-    decoder = Decoder(plan, batch=2, capacity=7)
+    decoder = plan.decoder(batch=2, capacity=7)
     assert decoder.n_bytes == 2 * 7 * kv_cache_bytes_per_token(model.config, bytes_per_element=8)
     with pytest.raises(ValueError, match="8 positions do not fit the cache of 7"):
         decoder.step(torch.zeros(2, 2, dtype=torch.long), [1, 6])
@@ -168,10 +179,11 @@ def test_cache_bytes_equal_the_formula_and_its_capacity_is_kept(model, plan):
 
 @settings(max_examples=12, deadline=None)
 @given(prompts=prompts_drawn, n_drafts=st.integers(1, 2), n=st.integers(1, 14))
+@PLANS
 @pytest.mark.parametrize("n_mtp", [1, 2])
-def test_drafts_never_change_greedy_text(n_mtp, prompts, n_drafts, n):
+def test_drafts_never_change_greedy_text(plan_type, n_mtp, prompts, n_drafts, n):
     model = cached_build(num_nextn_predict_layers=n_mtp, num_hidden_layers=1)
-    fast = generate(model, prompts, n, speculative=n_drafts)
+    fast = generate(plan_type(model), prompts, n, speculative=n_drafts)
     assert fast.tokens.tolist() == [uncached(model, prompt, n) for prompt in prompts]
 
 
@@ -360,6 +372,17 @@ def test_bad_request_is_one_clear_line(plan, message, request_):
     assert message in str(error.value)
 
 
+def test_compiled_loops_copy_no_expert(model):
+    mlp, (_, arrays) = model.model.layers[2].mlp, CompiledPlan(model).layers[2]
+    for array, tensor in ((arrays.gate_up, mlp.experts.gate_up_proj), (arrays.down, mlp.experts.down_proj)):
+        assert np.shares_memory(array, tensor.numpy())
+
+
+def test_compiled_loops_refuse_a_model_that_is_not_on_the_cpu():
+    with pytest.raises(ValueError, match="not on meta; a DecodePlan runs there"):
+        CompiledPlan(DeepSeekV3(ModelConfig.preset("nano", **SHAPES)).to("meta"))
+
+
 def test_speculation_needs_an_mtp_layer():
     with pytest.raises(ValueError, match="this model has none"):
         generate(build(num_nextn_predict_layers=0), [[3]], 4, speculative=True)
@@ -456,7 +479,8 @@ def run(capsys, *arguments):
 def test_command_streams_text_and_drafts_do_not_change_it(folder, capsys):
     plain = run(capsys, "--checkpoint", folder, "def f(", "--max-new-tokens", 12)
     fast = run(capsys, "--checkpoint", folder, "def f(", "--max-new-tokens", 12, "--speculative", "--drafts", 2)
-    assert plain[0] == fast[0] == 0 and plain[1] == fast[1] and plain[1].startswith("def f(")
+    loops = run(capsys, "--checkpoint", folder, "def f(", "--max-new-tokens", 12, "--compiled")
+    assert plain[0] == fast[0] == 0 and plain[1] == fast[1] == loops[1] and plain[1].startswith("def f(")
     assert "12 tokens" in plain[2] and "drafts accepted" in fast[2]
 
 
