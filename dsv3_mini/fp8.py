@@ -255,7 +255,8 @@ class FP8Experts(Experts):
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
         gate_up, down = self.gate_up_proj.unflatten(1, (2, -1)).unbind(), self.down_proj.unbind()
         blocks = zip(rows.split(counts), weights.split(counts), gate_up, down, strict=True)
-        blocks = [block for block in blocks if len(block[0]) or not len(rows)]  # without any row, all of them for a 0
+        # experts without rows are left out; where there is no row at all, all stay, for their gradients of zero
+        blocks = [block for block in blocks if len(block[0]) or not len(rows)]
         options = self.tile, "ue8m0", product
         return torch.cat([FP8FeedForward.apply(x, g, *pair, w, *options) for x, g, pair, w in blocks])
 

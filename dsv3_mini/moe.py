@@ -159,7 +159,8 @@ class Experts(nn.Module):
     """E SwiGLU experts whose weights are stacked: gate_up_proj (E, 2F, D), down_proj (E, D, F).
 
     forward: (N, D) and its Routing -> (N, D). Tokens are sorted by expert, so that each expert is one matrix product,
-    by `product`, which takes the arguments of `grouped_linear`. A subclass may compute the sorted rows in another way.
+    by `product`, which takes the arguments of `grouped_linear`; a handful of tokens on a CPU go by `visit_experts`. A
+    subclass may compute the sorted rows in another way.
     """
 
     def __init__(self, config: ModelConfig):

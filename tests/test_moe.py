@@ -347,7 +347,7 @@ def test_a_recorder_is_taken_down_when_the_forward_pass_fails():
 
 @pytest.mark.parametrize("top_k, n_group, topk_group", [(3, 5, 2), (7, 4, 2), (2, 12, 2), (13, 1, 1), (2, 3, 4)])
 def test_a_choice_that_cannot_be_made_is_refused(top_k, n_group, topk_group):
-    """Uneven groups; more experts than the kept groups hold; groups without a best two; more than there are; too many kept."""
+    """Uneven groups, too few experts in the kept groups, groups without a best two, too few experts, too few groups."""
     with pytest.raises(ValueError, match=f"{top_k=} of 12 experts"):
         group_limited_topk(torch.rand(2, 12), top_k, n_group, topk_group)
 
