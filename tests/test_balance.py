@@ -1,6 +1,7 @@
 """Load balance: counts, MaxVio, the two losses, and the bias that only steers the choice."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -298,15 +299,18 @@ def balance_on_rank(rank, rendezvous, folder):
     balancer = BiasBalancer(model, gamma=0.5, group=dist.group.WORLD)
     loads = torch.tensor([[9, 1, 1, 1], [1, 5, 3, 3]]).repeat_interleave(3, dim=1)
     balancer.loads = [loads[rank], loads[rank].flip(0)]  # the second layer sees the mirror image
-    violation = balancer.step()
-    torch.save((violation, biases_of(model)), f"{folder}/{rank}.pt")
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message:
+        violation = balancer.step()
+    torch.save((violation, biases_of(model), message.call_count), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_processes_that_share_a_batch_add_their_counts_before_the_sign(tmp_path):
+def test_processes_that_share_a_batch_add_their_counts_in_one_message_before_the_sign(tmp_path):
     mp.spawn(balance_on_rank, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
-    (violation, bias), (_, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert torch.equal(bias, other) and violation == [pytest.approx(10 / 6 - 1)] * 2
+    (violation, bias, messages), (_, other, _) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    assert torch.equal(bias, other) and violation == [pytest.approx(10 / 6 - 1)] * 2 and messages == 1
     assert bias[0].tolist() == bias[1].flip(0).tolist() == [-0.5] * 3 + [0.0] * 3 + [0.5] * 6
 
 
