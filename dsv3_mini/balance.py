@@ -91,9 +91,11 @@ class BiasBalancer:
         if self.loads is None and self.gates:
             raise ValueError("no forward pass was observed since the last step")
         loads, self.loads = self.loads or [], None
-        for gate, load in zip(self.gates, loads, strict=False):
-            if self.group is not None:
-                dist.all_reduce(load, group=self.group)
+        if self.group is not None and loads:
+            total = torch.cat(loads)  # one message for all layers
+            dist.all_reduce(total, group=self.group)
+            loads = total.split([len(load) for load in loads])
+        for gate, load in zip(self.gates, loads, strict=True):
             if self.gamma:
                 update_bias(gate.e_score_correction_bias, load, self.gamma)
         return [max_violation(load) for load in loads]
@@ -128,6 +130,8 @@ def sequence_balance_loss(scores: Tensor, top_k: int, n_sequences: int) -> Tenso
     """
     if n_sequences < 1 or len(scores) % n_sequences:
         raise ValueError(f"{len(scores)} tokens do not make n_sequences={n_sequences} sequences of equal length")
+    if not 0 < top_k <= scores.shape[1]:
+        raise ValueError(f"top_k={top_k} of {scores.shape[1]} experts")
     scores = scores.unflatten(0, (n_sequences, -1))  # (B, T, E)
     n_tokens, n_experts = scores.shape[1:]
     chosen = torch.zeros_like(scores).scatter_(-1, scores.topk(top_k).indices, 1.0)
@@ -144,6 +148,10 @@ def specialisation(load: Tensor) -> float:
 
     0 when every domain uses the experts alike, log(domains) when equal domains share no expert.
     """
+    if load.dim() != 2 or not load.sum():
+        raise ValueError(
+            f"specialisation needs (E, domains) counts of some choices, not {load.sum()} in {tuple(load.shape)}"
+        )
     joint = load.double() / load.sum()
     apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)  # the table of experts that know nothing
     return torch.special.xlogy(joint, joint / apart.clamp(min=1e-30)).sum().item()

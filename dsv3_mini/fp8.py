@@ -49,6 +49,9 @@ def act_quant(
 
 def act_dequant(q: Tensor, scale: Tensor, tile: int = 128) -> Tensor:
     """q * scale for `act_quant`'s results: (..., K) float32."""
+    expected = (*q.shape[:-1], -(-q.shape[-1] // tile))
+    if scale.shape != expected:
+        raise ValueError(f"scales {tuple(scale.shape)} for {tuple(q.shape)} in tiles of {tile}; {expected} needed")
     return q.float() * scale.repeat_interleave(tile, -1)[..., : q.shape[-1]]
 
 
@@ -161,7 +164,7 @@ class FP8Linear(nn.Linear):
     """A linear layer without bias whose three products run in FP8; the weight itself stays in its own precision.
 
     scale_fmt and cache_format: those of its input, "ue8m0" and "e5m6" before the output projection of attention.
-    gemm: what multiplies, with the arguments of `fp8_gemm`.
+    gemm: what multiplies, with the arguments of `fp8_gemm`. ValueError for a format or tile that does not exist.
     """
 
     def __init__(
@@ -174,6 +177,7 @@ class FP8Linear(nn.Linear):
         gemm: Callable = fp8_gemm,
     ):
         super().__init__(in_features, out_features, bias=False)
+        act_quant(torch.zeros(1, device="cpu"), tile, scale_fmt, cache_format)  # refuses wrong options at once
         self.tile, self.scale_fmt, self.cache_format, self.gemm = tile, scale_fmt, cache_format, gemm
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,8 +229,8 @@ class FP8FeedForward(torch.autograd.Function):
 class FP8SwiGLU(SwiGLU):
     """The feed-forward layer of chapter 02 in FP8: its three projections and what they keep."""
 
-    tile: int
-    gemm: Callable
+    tile: int = 128
+    gemm: Callable = staticmethod(fp8_gemm)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))
@@ -241,8 +245,8 @@ class FP8Experts(Experts):
     come back. The `product` that chapter 04 hands on is here `gemm`.
     """
 
-    tile: int
-    gemm: Callable
+    tile: int = 128
+    gemm: Callable = staticmethod(fp8_gemm)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         return super().forward(x, routing, product=self.gemm)
@@ -251,7 +255,8 @@ class FP8Experts(Experts):
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
         gate_up, down = self.gate_up_proj.unflatten(1, (2, -1)).unbind(), self.down_proj.unbind()
         blocks = zip(rows.split(counts), weights.split(counts), gate_up, down, strict=True)
-        blocks = [block for block in blocks if len(block[0]) or not len(rows)]  # without any row, all of them for a 0
+        # experts without rows are left out; where there is no row at all, all stay, for their gradients of zero
+        blocks = [block for block in blocks if len(block[0]) or not len(rows)]
         options = self.tile, "ue8m0", product
         return torch.cat([FP8FeedForward.apply(x, g, *pair, w, *options) for x, g, pair, w in blocks])
 
@@ -267,8 +272,11 @@ def to_fp8(model: nn.Module, tile: int = 128, gemm: Callable = fp8_gemm) -> nn.M
 
     Embedding, head, gate, norms and the attention core are left as they are, and so is `eh_proj`, which the published
     checkpoint holds in BF16. The input of `o_proj` is kept in E5M6 with power-of-two scales. gemm: what multiplies,
-    with the arguments of `fp8_gemm`. Raises ValueError if the model has no layer to switch, or if one has a bias.
+    with the arguments of `fp8_gemm`. Raises ValueError if the model has no layer to switch, if one has a bias, or if
+    `tile` is less than one; the model is then as it was.
     """
+    if tile < 1:
+        raise ValueError(f"tile={tile}; 1 or more needed, 128 in V3")
     twins = {SwiGLU: FP8SwiGLU, Experts: FP8Experts}
     found = [(name, part) for name, part in model.named_modules() if type(part) in (nn.Linear, *twins)]
     found = [(name, part) for name, part in found if type(part) in twins or runs_in_fp8(name)]

@@ -71,8 +71,18 @@ class AdamW16(torch.optim.Optimizer):
     The arithmetic of a step is float32; only what is kept until the next one is rounded to `moments` and `master`.
     """
 
-    def __init__(self, params, lr: float, moments=torch.float32, master=torch.float32, betas=(0.9, 0.95), eps=1e-8):
-        super().__init__(params, dict(lr=lr, moments=moments, master=master, betas=betas, eps=eps))
+    def __init__(
+        self,
+        params,
+        lr: float,
+        moments=torch.float32,
+        master=torch.float32,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+    ):
+        types = dict(moments=moments, master=master)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **types))
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -87,4 +97,5 @@ class AdamW16(torch.optim.Optimizer):
                 v = state["v"].float().lerp(grad.square(), 1 - beta2)
                 state.update(n=state["n"] + 1, m=m.to(group["moments"]), v=v.to(group["moments"]))
                 m, v = m / (1 - beta1 ** state["n"]), v / (1 - beta2 ** state["n"])
-                p.copy_((p - group["lr"] * m / (v.sqrt() + group["eps"])).to(group["master"]))
+                decayed = p * (1 - group["lr"] * group["weight_decay"])
+                p.copy_((decayed - group["lr"] * m / (v.sqrt() + group["eps"])).to(group["master"]))

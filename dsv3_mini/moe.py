@@ -34,14 +34,15 @@ def group_limited_topk(scores: Tensor, top_k: int, n_group: int, topk_group: int
     A group is worth the sum of its two best experts, or its best one (`top_two=False`, DeepSeek-V2). Raises ValueError
     where the groups are uneven or the kept ones hold fewer than K experts.
     """
+    n_experts, group_size = scores.shape[-1], scores.shape[-1] // n_group
+    unfit = n_experts % n_group or group_size < 1 + top_two or topk_group > n_group or top_k > topk_group * group_size
+    if top_k > n_experts or n_group > 1 and unfit:
+        raise ValueError(f"{top_k=} of {n_experts} experts does not fit {topk_group=} of {n_group=}")
     if n_group > 1:
-        group_size, rest = divmod(scores.shape[-1], n_group)
-        if rest or group_size < 1 + top_two or top_k > topk_group * group_size:
-            raise ValueError(f"{top_k=} of {scores.shape[-1]} experts does not fit {topk_group=} of {n_group=}")
         grouped = scores.unflatten(-1, (n_group, -1))  # (N, G, E/G)
         worth = grouped.topk(2, dim=-1).values.sum(-1) if top_two else grouped.amax(-1)  # (N, G)
-        kept_mask = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, worth.topk(topk_group).indices, True)
-        scores = grouped.masked_fill(~kept_mask.unsqueeze(-1), float("-inf")).flatten(1)
+        kept_mask = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, worth.topk(topk_group).indices, True)
+        scores = grouped.masked_fill(~kept_mask.unsqueeze(-1), float("-inf")).flatten(-2)
     return scores.topk(top_k).indices
 
 
@@ -90,7 +91,7 @@ class Gate(nn.Module):
         return self
 
 
-# What does the layer compute?
+# What does the layer compute, and how fast?
 
 
 def experts_reference(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -158,7 +159,8 @@ class Experts(nn.Module):
     """E SwiGLU experts whose weights are stacked: gate_up_proj (E, 2F, D), down_proj (E, D, F).
 
     forward: (N, D) and its Routing -> (N, D). Tokens are sorted by expert, so that each expert is one matrix product,
-    by `product`, which takes the arguments of `grouped_linear`. A subclass may compute the sorted rows in another way.
+    by `product`, which takes the arguments of `grouped_linear`; a handful of tokens on a CPU go by `visit_experts`. A
+    subclass may compute the sorted rows in another way.
     """
 
     def __init__(self, config: ModelConfig):

@@ -115,6 +115,8 @@ def matmul_limited(
 
     Exact for float8 operands, whose products and aligned sums fit into float64. Needs memory for M x N x group.
     """
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)}: (M, K) and (N, K) with one K needed")
     if promote_every is not None and (promote_every < group or promote_every % group):
         raise ValueError(f"promote_every={promote_every} must be a multiple of group={group}, or None")
     total = torch.zeros(a.shape[0], b.shape[0], device=a.device)

@@ -1,6 +1,7 @@
 """Load balance: counts, MaxVio, the two losses, and the bias that only steers the choice."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -294,20 +295,23 @@ def test_balancer_counts_every_mixture_layer_of_a_language_model_in_order():
 def balance_on_rank(rank, rendezvous, folder):
     """Two processes that see different tokens; each writes the bias it ends with."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    model = Layers(n_layers=1)
+    model = Layers(n_layers=2)
     balancer = BiasBalancer(model, gamma=0.5, group=dist.group.WORLD)
     loads = torch.tensor([[9, 1, 1, 1], [1, 5, 3, 3]]).repeat_interleave(3, dim=1)
-    balancer.loads = [loads[rank]]
-    violation = balancer.step()
-    torch.save((violation, biases_of(model)), f"{folder}/{rank}.pt")
+    balancer.loads = [loads[rank], loads[rank].flip(0)]  # the second layer sees the mirror image
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message:
+        violation = balancer.step()
+    torch.save((violation, biases_of(model), message.call_count), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_processes_that_share_a_batch_add_their_counts_before_the_sign(tmp_path):
+def test_processes_that_share_a_batch_add_their_counts_in_one_message_before_the_sign(tmp_path):
     mp.spawn(balance_on_rank, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
-    (violation, bias), (_, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert torch.equal(bias, other) and violation == [pytest.approx(10 / 6 - 1)]
-    assert bias[0].tolist() == [-0.5] * 3 + [0.0] * 3 + [0.5] * 6
+    (violation, bias, messages), (_, other, _) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    assert torch.equal(bias, other) and violation == [pytest.approx(10 / 6 - 1)] * 2 and messages == 1
+    assert bias[0].tolist() == bias[1].flip(0).tolist() == [-0.5] * 3 + [0.0] * 3 + [0.5] * 6
 
 
 # Errors
@@ -318,6 +322,10 @@ def test_wrong_sizes_are_named():
         sequence_balance_loss(torch.rand(21, 6), 2, 4)
     with pytest.raises(ValueError, match="n_sequences=0"):
         sequence_balance_loss(torch.rand(21, 6), 2, 0)
+    with pytest.raises(ValueError, match="top_k=7 of 6 experts"):
+        sequence_balance_loss(torch.rand(21, 6), 7, 3)
+    with pytest.raises(ValueError, match=r"not 0 in \(4, 2\)"):
+        specialisation(torch.zeros(4, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="expert 6 was chosen, but n_experts=5"):
         expert_load(torch.tensor([[0, 6]]), 5)
     with pytest.raises(ValueError, match="counts no choice"):

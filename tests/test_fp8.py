@@ -225,6 +225,12 @@ def test_blocks_lose_rows_of_gradients_that_tiles_keep():
         (lambda: act_quant(torch.ones(3, 4), number_format="e3m4"), "number_format='e3m4'"),
         (lambda: weight_quant(torch.ones(4)), "2 dimensions"),
         (lambda: weight_dequant(*weight_quant(torch.ones(130, 4)), block=64), r"\(3, 1\) needed"),
+        (lambda: act_dequant(*act_quant(torch.ones(3, 300)), tile=256), r"\(3, 3\) for \(3, 300\) in tiles of 256"),
+        (lambda: matmul_limited(torch.ones(3, 64), torch.ones(4, 32)), "one K needed"),
+        (lambda: FP8Linear(4, 4, tile=0), "tile >= 1"),
+        (lambda: FP8Linear(4, 4, scale_fmt="e8m0"), "scale_fmt='e8m0'"),
+        (lambda: FP8Linear(4, 4, cache_format="e5m7"), "number_format='e5m7'"),
+        (lambda: to_fp8(nn.ModuleDict({"up_proj": nn.Linear(3, 3, bias=False)}), tile=0), "tile=0"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -434,6 +440,16 @@ def test_feed_forward_gives_each_its_own_dtype(dtype):
     assert y.shape == x.shape and {y.dtype, *(g.dtype for g in grads)} == {dtype}
 
 
+def test_twins_built_directly_are_those_of_the_switch():
+    built, switched = FP8SwiGLU(130, 48), to_fp8(SwiGLU(130, 48))
+    switched.load_state_dict(built.state_dict())
+    x = draw(5, 130)
+    assert torch.equal(built(x), switched(x))
+    moe = MoE(ModelConfig.preset("nano", initializer_range=0.2))
+    experts, routing = FP8Experts(moe.gate.config), moe.gate(x[:, :128])
+    assert experts(x[:, :128], routing).shape == (5, 128)
+
+
 # The model
 
 
@@ -533,8 +549,8 @@ def test_switched_model_is_near_the_plain_one():
 def test_adamw16_in_float32_is_torchs_adamw():
     models = [nn.Linear(5, 7) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    ours = AdamW16(models[0].parameters(), lr=1e-2)
-    theirs = torch.optim.AdamW(models[1].parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
+    ours = AdamW16(models[0].parameters(), lr=1e-2, weight_decay=0.3)
+    theirs = torch.optim.AdamW(models[1].parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.3)
     for step in range(5):
         for model, optimizer in zip(models, (ours, theirs), strict=True):
             optimizer.zero_grad()

@@ -141,6 +141,13 @@ def test_each_token_gets_k_distinct_experts_in_the_kept_groups(data):
         assert len(set(chosen)) == top_k and len({i // size for i in chosen}) <= topk_group
 
 
+@pytest.mark.parametrize("n_group, topk_group", [(1, 1), (3, 2)])
+def test_the_choice_takes_any_leading_shape(n_group, topk_group):
+    scores = torch.rand(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    flat = group_limited_topk(scores.flatten(0, 1), 3, n_group, topk_group)
+    assert torch.equal(group_limited_topk(scores, 3, n_group, topk_group), flat.view(2, 5, 3))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))
 def test_sorting_drops_nothing_and_ends_count_the_choices(n_tokens, top_k, spare, seed):
@@ -338,9 +345,9 @@ def test_a_recorder_is_taken_down_when_the_forward_pass_fails():
 # Errors
 
 
-@pytest.mark.parametrize("top_k, n_group, topk_group", [(3, 5, 2), (7, 4, 2), (2, 12, 2)])
+@pytest.mark.parametrize("top_k, n_group, topk_group", [(3, 5, 2), (7, 4, 2), (2, 12, 2), (13, 1, 1), (2, 3, 4)])
 def test_a_choice_that_cannot_be_made_is_refused(top_k, n_group, topk_group):
-    """Uneven groups; more experts wanted than the kept groups hold; groups of one, which have no best two."""
+    """Uneven groups, too few experts in the kept groups, groups without a best two, too few experts, too few groups."""
     with pytest.raises(ValueError, match=f"{top_k=} of 12 experts"):
         group_limited_topk(torch.rand(2, 12), top_k, n_group, topk_group)
 
