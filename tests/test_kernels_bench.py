@@ -50,7 +50,7 @@ def test_contests_of_a_small_model_hold_their_own_in_the_interpreter():
     experts = dict(n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2)
     config = ModelConfig.preset("nano", **sizes, **experts)
     contests = list(contests_of(config, "tiny", 24, torch.device("cpu")))
-    assert len(contests) == 5 + 2 * len(products(config)) + 4 + 1
+    assert len(contests) == 5 + 2 * len(products(config)) + 6 + 1
     for one in contests:
         taught = {name: run for name, run in list(one.ours.items())[:1]}
         result = measure(one._replace(ours=taught), lambda run: 1.0, rounds=1)

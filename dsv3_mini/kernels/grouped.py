@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3_mini.kernels.ahead import Case
-from dsv3_mini.kernels.gemm import Tiling, check_operand
+from dsv3_mini.kernels.gemm import Tiling, check_operand, default_tiling
 from dsv3_mini.kernels.interpreter import expect, in_blocks, launch, tl, triton
 from dsv3_mini.kernels.quantise import check_tile
 
@@ -87,7 +87,8 @@ def grouped_gemm(
 ) -> Tensor:
     """Row segment i of x, which ends before ends[i], times weight[i]^T: (M, K), (E, N, K), (E,) int32 -> (M, N).
 
-    bfloat16 or float16, summed in float32. k_first: weight is (E, K, N) and is not transposed. Segments may be empty.
+    bfloat16 or float16, summed in float32. k_first: weight is (E, K, N) and is not transposed. Segments may be empty;
+    the last ends at M, for rows behind it would not be written.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {tuple(x.shape)} of {x.dtype}; bfloat16 or float16 needed")
@@ -146,12 +147,80 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, interpret: bool | No
     return GroupedLinear.apply(x, weight, ends, interpret)
 
 
+def start_tiles(ends: Tensor, n_rows: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Move rows apart so that each segment starts a tile: segments' ends (E,) -> new places of the rows (n_rows,) and
+    where each segment's tiles end (E,) int32, at most n_rows // tile + E. Nothing is read back from the GPU.
+    """
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    tiles = (sizes + tile - 1) // tile
+    tile_ends = tiles.cumsum(0, dtype=torch.int32)
+    moved = (tile_ends - tiles) * tile - (ends - sizes)  # how far each segment moves
+    return torch.arange(n_rows, device=ends.device) + moved.repeat_interleave(sizes, output_size=n_rows), tile_ends
+
+
+@triton.jit
+def grouped_wgrad_kernel(
+    a, a_scale, b, b_scale, tile_ends, c, m, n, stride_am, stride_ak, stride_bn, stride_bk,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M x BLOCK_N of one group's C = A B^T, summed over the tiles that belong to the group."""
+    i, j = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)
+    group = tl.program_id(2)
+    row = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.load(tile_ends + group - 1, group > 0, other=0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(first, tl.load(tile_ends + group)):
+        x = a.load([i * BLOCK_M, tile * TILE])
+        y = b.load([j * BLOCK_N, tile * TILE])
+        s_a = tl.load(a_scale + row * stride_am + tile * stride_ak, row < m, other=0.0)
+        s_b = tl.load(b_scale + column * stride_bn + tile * stride_bk, column < n, other=0.0)
+        acc += tl.dot(x, y.T) * (s_a[:, None] * s_b[None, :])
+    place = c + (group.to(tl.int64) * m + row[:, None]) * n + column[None, :]
+    tl.store(place, acc, (row[:, None] < m) & (column[None, :] < n))
+
+
+def grouped_fp8_wgrad(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    tile_ends: Tensor,
+    tile: int = 128,
+    tiling: Tiling | None = None,
+    interpret: bool | None = None,
+) -> Tensor:
+    """All weight gradients at once: a (out, T), b (in, T) float8_e4m3fn, tile_ends (E,) int32 -> (E, out, in) float32.
+
+    Group i has the tiles before tile_ends[i] that no group before it has, as `start_tiles` lays them out; one without
+    tiles gets zeros. Scales: (out, ceil(T/tile)) and (in, ceil(T/tile)). Operands as `act_quant` writes them.
+    """
+    check_tile(tile, None)
+    check_operand("a", a, (None, None))
+    check_operand("b", b, (None, a.shape[1]))
+    (m, k), n, n_tiles = a.shape, len(b), -(-a.shape[1] // tile)
+    expect("a_scale", a_scale, (m, n_tiles), torch.float32)
+    expect("b_scale", b_scale, (n, n_tiles), torch.float32)
+    expect("tile_ends", tile_ends, (None,), torch.int32)
+    dw = torch.empty(len(tile_ends), m, n, dtype=torch.float32, device=a.device)
+    if 0 in (m, n, k):
+        return dw.zero_()
+    tiling = tiling or default_tiling(b_rows=1)
+    grid = (-(-m // tiling.block_m), -(-n // tiling.block_n), len(tile_ends))
+    blocks = in_blocks(a, tiling.block_m, tile), a_scale, in_blocks(b, tiling.block_n, tile), b_scale
+    numbers = (m, n, *a_scale.stride(), *b_scale.stride())
+    launch(
+        grouped_wgrad_kernel, grid, *blocks, tile_ends, dw, *numbers, TILE=tile, interpret=interpret, **tiling.options()
+    )
+    return dw
+
+
 # What will the GPU execute?
 
 
 def compile_cases() -> dict[str, Case]:
-    """256 experts: bfloat16 forward and input gradient, and FP8."""
-    t = Tiling()
+    """256 experts: bfloat16 forward and input gradient, FP8, and its weight gradient."""
+    t, w = Tiling(), default_tiling(b_rows=1)
     numbers = {"n_groups": "i32", "n": "i32:16", "k": "i32:16"}
     common = {"ends": "*i32:16", "c": "*bf16:16", **numbers}
     scales = {"a_scale": "*fp32:16", "b_scale": "*fp32:16", "stride_am": "i32", "stride_be": "i32", "stride_bn": "i32"}
@@ -160,9 +229,14 @@ def compile_cases() -> dict[str, Case]:
     blocks = {"a": f"tensordesc<bf16[{t.block_m}, 64]>", "b": f"tensordesc<bf16[1, {t.block_n}, 64]>"}
     turned = {**blocks, "b": f"tensordesc<bf16[1, 64, {t.block_n}]>"}
     narrow = {"a": f"tensordesc<fp8e4nv[{t.block_m}, 128]>", "b": f"tensordesc<fp8e4nv[1, {t.block_n}, 128]>"}
+    deep = {"a": f"tensordesc<fp8e4nv[{w.block_m}, 128]>", "b": f"tensordesc<fp8e4nv[{w.block_n}, 128]>"}
+    deep |= {"a_scale": "*fp32:16", "b_scale": "*fp32:16", "tile_ends": "*i32:16", "c": "*fp32:16"}
+    deep |= {"m": "i32:16", "n": "i32:16", "stride_am": "i32", "stride_bn": "i32"}
+    ones = {"stride_ak": 1, "stride_bk": 1, "TILE": 128, "BLOCK_M": w.block_m, "BLOCK_N": w.block_n}
     size = (t.num_warps, t.num_stages)
     return {
         "grouped_gemm": Case(grouped_gemm_kernel, common | blocks, meta | plain, *size),
         "grouped_gemm_dgrad": Case(grouped_gemm_kernel, common | turned, {**meta, **plain, "K_FIRST": True}, *size),
         "grouped_fp8_gemm": Case(grouped_gemm_kernel, common | narrow | scales, {**meta, "TILE": 128}, *size),
+        "grouped_fp8_wgrad": Case(grouped_wgrad_kernel, deep, ones, w.num_warps, w.num_stages),
     }
