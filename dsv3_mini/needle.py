@@ -71,6 +71,8 @@ def ask(model: DeepSeekV3, haystacks: Sequence[Haystack]) -> list[dict[str, floa
     "exact": 1 if it is the answer, of the whole vocabulary. "share": the answer's part of the probability that it and
     its decoys have together; a model that knows only what words look like would have 1 / (decoys + 1) on average.
     """
+    if not haystacks:
+        raise ValueError("no haystack was given, so there is nothing to ask")
     h = model.model(torch.stack([stack.ids for stack in haystacks]))[:, -1]
     log_p, scores = model.lm_head(h).float().log_softmax(-1), []
     for stack, row in zip(haystacks, log_p, strict=True):
@@ -106,6 +108,7 @@ def needle_map(
 def lesson_loss(model: nn.Module, haystacks: Sequence[Haystack]) -> tuple[Tensor, Tensor]:
     """Mean nats of the text, and of the answers alone, which stand at the end of haystacks of one length."""
     windows = torch.stack([torch.cat((stack.ids, torch.tensor([stack.answer]))) for stack in haystacks])
+    windows = windows.to(next(model.parameters()).device)
     logits = model(windows[:, :-1]).float()
     losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
     return losses[:, :-1].mean(), losses[:, -1].mean()
@@ -148,7 +151,7 @@ def teach(
     for step in range(steps):
         longest = min(length, 32 + round((length - 32) * step / (steps * 2 / 3)))
         stacks = lessons(tokenizer, hays, longest, words, n_tokens, generator)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
             text, answers = lesson_loss(model, stacks)
         optimizer.zero_grad()
         (0.3 * text + answers).backward()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsv3_mini import fp8, moe
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.kernels import compile_for, layers
+from dsv3_mini.kernels import compile_for, grouped, layers
 from dsv3_mini.kernels.activation import swiglu_quant
 from dsv3_mini.kernels.gemm import Tiling, fp8_gemm
 from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_fp8_wgrad, grouped_gemm, grouped_linear, start_tiles
@@ -338,6 +338,19 @@ def test_weight_gradients_of_all_experts_in_one_launch_have_the_bits_of_single_o
     assert torch.equal(together, layers.segment_gradients_reference(grad, x, ends, 64, fmt, None))
     expected = [fp8.wgrad(g, t, 64, fmt, fp8.fp8_gemm) for g, t in zip(grad.split(loads), x.split(loads), strict=True)]
     torch.testing.assert_close(together, torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_wrong_ends_are_refused_on_a_cpu_and_reach_no_other_memory_anywhere(monkeypatch):
+    a, b, tall = act_quant(draw(9, 64), 32), weight_quant(draw(2, 24, 64), 32), act_quant(draw(40, 64), 32)
+    calls = {9: lambda ends: grouped_fp8_gemm(*a, *b, ends, 32), 2: lambda ends: grouped_fp8_wgrad(*a, *tall, ends, 32)}
+    wrong, falling = torch.tensor([1, 99], dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32)
+    for last, call in calls.items():
+        for ends in (wrong, falling, -wrong):
+            with pytest.raises(ValueError, match=f"ends .* must rise, from 0 or more to {last} or less"):
+                call(ends)
+    expected = [call(torch.tensor([1, last], dtype=torch.int32)) for last, call in calls.items()]
+    monkeypatch.setattr(grouped, "check_ends", lambda *args: None)  # on a GPU the ends cannot be looked at
+    assert same_bits([call(wrong) for call in calls.values()], expected)
 
 
 # Layers
