@@ -108,7 +108,6 @@ def needle_map(
 def lesson_loss(model: nn.Module, haystacks: Sequence[Haystack]) -> tuple[Tensor, Tensor]:
     """Mean nats of the text, and of the answers alone, which stand at the end of haystacks of one length."""
     windows = torch.stack([torch.cat((stack.ids, torch.tensor([stack.answer]))) for stack in haystacks])
-    windows = windows.to(next(model.parameters()).device)
     logits = model(windows[:, :-1]).float()
     losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
     return losses[:, :-1].mean(), losses[:, -1].mean()
@@ -151,7 +150,7 @@ def teach(
     for step in range(steps):
         longest = min(length, 32 + round((length - 32) * step / (steps * 2 / 3)))
         stacks = lessons(tokenizer, hays, longest, words, n_tokens, generator)
-        with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             text, answers = lesson_loss(model, stacks)
         optimizer.zero_grad()
         (0.3 * text + answers).backward()
