@@ -351,6 +351,8 @@ def test_wrong_ends_are_refused_on_a_cpu_and_reach_no_other_memory_anywhere(monk
     expected = [call(torch.tensor([1, last], dtype=torch.int32)) for last, call in calls.items()]
     monkeypatch.setattr(grouped, "check_ends", lambda *args: None)  # on a GPU the ends cannot be looked at
     assert same_bits([call(wrong) for call in calls.values()], expected)
+    for call in calls.values():
+        assert call(falling)[0].isfinite().all() and call(-wrong).shape[1:]
 
 
 # Layers

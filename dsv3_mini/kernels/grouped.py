@@ -20,13 +20,14 @@ from dsv3_mini.kernels.quantise import check_tile
 def find_segment(ends, n_groups, n_rows, tile, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
     """Which group row tile `tile` belongs to, its first row, and where the group ends; 0, 0, 0 past the last tile."""
     group = tl.arange(0, GROUPS)
-    end = tl.minimum(tl.load(ends + group, group < n_groups, other=0), n_rows)  # wrong ends reach no other memory
-    start = tl.minimum(tl.load(ends + group - 1, (group > 0) & (group < n_groups), other=0), n_rows)
-    n_tiles = tl.cdiv(end - start, BLOCK_M)  # an empty group has none
+    end = tl.maximum(tl.load(ends + group, group < n_groups, other=0), 0)
+    start = tl.maximum(tl.load(ends + group - 1, (group > 0) & (group < n_groups), other=0), 0)
+    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)  # an empty group has none
     before = tl.cumsum(n_tiles, 0) - n_tiles
     mine = (before <= tile) & (tile < before + n_tiles)
     first = tl.sum(tl.where(mine, start + (tile - before) * BLOCK_M, 0), 0)
-    return tl.sum(tl.where(mine, group, 0), 0), first, tl.sum(tl.where(mine, end, 0), 0)
+    last = tl.minimum(tl.sum(tl.where(mine, end, 0), 0), n_rows)  # wrong ends reach no other memory
+    return tl.sum(tl.where(mine, group, 0), 0), first, last
 
 
 @triton.jit
@@ -176,7 +177,7 @@ def grouped_wgrad_kernel(
     group = tl.program_id(2)
     row = i * BLOCK_M + tl.arange(0, BLOCK_M)
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.load(tile_ends + group - 1, group > 0, other=0)
+    first = tl.maximum(tl.load(tile_ends + group - 1, group > 0, other=0), 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(first, tl.minimum(tl.load(tile_ends + group), tl.cdiv(k, TILE))):
         x = a.load([i * BLOCK_M, tile * TILE])
