@@ -29,6 +29,8 @@ def long_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, count:
 
     ValueError if no text has so many tokens.
     """
+    if length < 1 or count < 1:
+        raise ValueError(f"{length=}, {count=}; windows of one token or more, and one of them or more, can be drawn")
     generator, windows = torch.Generator().manual_seed(seed), []
     for i in torch.randperm(len(texts), generator=generator).tolist():
         if len(windows) == count:
@@ -45,13 +47,15 @@ def long_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, count:
 @torch.no_grad()
 def position_losses(model: nn.Module, windows: Tensor) -> Tensor:
     """Nats of each token given all before it in its window: (n, T + 1) token ids -> (n, T)."""
+    if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
+        raise ValueError(f"windows are {tuple(windows.shape)}; (n, T + 1) with one text and two tokens or more needed")
     return torch.stack([F.cross_entropy(model(w[None, :-1])[0].float(), w[1:], reduction="none") for w in windows])
 
 
 def cut(windows: Tensor, length: int) -> Tensor:
     """Windows (n, T + 1) as pieces (n * T / length, length + 1), each without what stood before it."""
-    if (windows.shape[1] - 1) % length:
-        raise ValueError(f"windows of {windows.shape[1] - 1} tokens do not divide into pieces of length={length}")
+    if windows.dim() != 2 or length < 1 or (windows.shape[1] - 1) % length:
+        raise ValueError(f"windows {tuple(windows.shape)}, (n, T + 1), do not divide into pieces of {length=}")
     return windows.unfold(1, length + 1, length).flatten(0, 1)
 
 
@@ -105,6 +109,8 @@ def interpolated_frequencies(dim: int, theta: float, factor: float) -> Tensor:
 
 def ntk_frequencies(dim: int, theta: float, factor: float) -> Tensor:
     """Another base, b * s^(dim / (dim - 2)): the fastest clock keeps its speed, the slowest is s times slower."""
+    if dim < 4:
+        raise ValueError(f"{dim=}; a fastest and a slowest clock, so 4 or more, needed")
     return rope_frequencies(dim, theta * factor ** (dim / (dim - 2)))
 
 
@@ -125,7 +131,7 @@ def stretch(model: DeepSeekV3, method: str, factor: float, original: int) -> Dee
     config = model.config
     if config.rope_scaling is not None:
         raise ValueError(f"the model is stretched already: rope_scaling={config.rope_scaling}")
-    if factor < 1 or method not in ("rope", "interpolation", "ntk", "yarn", "yarn frequencies"):
+    if not 1 <= factor < float("inf") or method not in ("rope", "interpolation", "ntk", "yarn", "yarn frequencies"):
         raise ValueError(
             f"{method=} with {factor=}: rope, interpolation, ntk, yarn, yarn frequencies; factor 1 or more"
         )
@@ -166,6 +172,8 @@ def extend(
     is that of the end of pre-training: MTP at lambda = 0.1, balance loss at alpha = 1e-4, biases frozen (gamma = 0).
     Returns tokens, seconds and the main head's loss of every step.
     """
+    if batch_size < 1 or windows.dim() != 2 or not len(windows):
+        raise ValueError(f"windows are {tuple(windows.shape)} and {batch_size=}; (n, T + 1) and 1 or more needed")
     optimizer, losses, started = make_optimizer(model, TrainOptions()), [], time.perf_counter()
     batches, end_rate = windows.split(batch_size), learning_rate if end_rate is None else end_rate
     for step, batch in enumerate(batches):

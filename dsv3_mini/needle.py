@@ -71,6 +71,8 @@ def ask(model: DeepSeekV3, haystacks: Sequence[Haystack]) -> list[dict[str, floa
     "exact": 1 if it is the answer, of the whole vocabulary. "share": the answer's part of the probability that it and
     its decoys have together; a model that knows only what words look like would have 1 / (decoys + 1) on average.
     """
+    if not haystacks:
+        raise ValueError("no haystack was given, so there is nothing to ask")
     h = model.model(torch.stack([stack.ids for stack in haystacks]))[:, -1]
     log_p, scores = model.lm_head(h).float().log_softmax(-1), []
     for stack, row in zip(haystacks, log_p, strict=True):

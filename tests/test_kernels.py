@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from dsv3_mini import fp8, moe
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.kernels import compile_for, layers
+from dsv3_mini.kernels import compile_for, grouped, layers
 from dsv3_mini.kernels.activation import swiglu_quant
 from dsv3_mini.kernels.gemm import Tiling, fp8_gemm
-from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_gemm, grouped_linear
+from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_fp8_wgrad, grouped_gemm, grouped_linear, start_tiles
 from dsv3_mini.kernels.interpreter import interpreter, launch, tl, triton
 from dsv3_mini.kernels.layers import KernelExperts, KernelFP8Experts, KernelLinear, KernelSwiGLU, turned, use_kernels
 from dsv3_mini.kernels.quantise import act_quant, weight_dequant, weight_quant
@@ -316,6 +316,45 @@ def test_grouped_fp8_product_equals_one_product_an_expert():
         torch.testing.assert_close(out[rows], expected, rtol=1e-5, atol=1e-4)
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=9), st.sampled_from([32, 128]))
+def test_rows_move_apart_until_each_segment_starts_a_tile(loads, tile):
+    ends = torch.tensor(loads).cumsum(0).int()
+    places, tile_ends = start_tiles(ends, sum(loads), tile)
+    starts, first = 0, 0
+    for load, tile_end in zip(loads, tile_ends.tolist(), strict=True):
+        assert places[starts : starts + load].tolist() == list(range(first * tile, first * tile + load))
+        assert tile_end == first + -(-load // tile)
+        starts, first = starts + load, tile_end
+    assert first <= sum(loads) // tile + len(loads)
+
+
+@pytest.mark.parametrize("loads", [LOADS.tolist(), [0, 0], [64], [1, 130]])
+@pytest.mark.parametrize("fmt", [None, "ue8m0"])
+def test_weight_gradients_of_all_experts_in_one_launch_have_the_bits_of_single_ones(loads, fmt):
+    ends = torch.tensor(loads).cumsum(0).int()
+    grad, x = draw(sum(loads), 40, spread=2).bfloat16(), draw(sum(loads), 72, spread=2)
+    together = layers.segment_gradients(grad, x, ends, 64, fmt)
+    assert torch.equal(together, layers.segment_gradients_reference(grad, x, ends, 64, fmt, None))
+    expected = [fp8.wgrad(g, t, 64, fmt, fp8.fp8_gemm) for g, t in zip(grad.split(loads), x.split(loads), strict=True)]
+    torch.testing.assert_close(together, torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_wrong_ends_are_refused_on_a_cpu_and_reach_no_other_memory_anywhere(monkeypatch):
+    a, b, tall = act_quant(draw(9, 64), 32), weight_quant(draw(2, 24, 64), 32), act_quant(draw(40, 64), 32)
+    calls = {9: lambda ends: grouped_fp8_gemm(*a, *b, ends, 32), 2: lambda ends: grouped_fp8_wgrad(*a, *tall, ends, 32)}
+    wrong, falling = torch.tensor([1, 99], dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32)
+    for last, call in calls.items():
+        for ends in (wrong, falling, -wrong):
+            with pytest.raises(ValueError, match=f"ends .* must rise, from 0 or more to {last} or less"):
+                call(ends)
+    expected = [call(torch.tensor([1, last], dtype=torch.int32)) for last, call in calls.items()]
+    monkeypatch.setattr(grouped, "check_ends", lambda *args: None)  # on a GPU the ends cannot be looked at
+    assert same_bits([call(wrong) for call in calls.values()], expected)
+    for call in calls.values():
+        assert call(falling)[0].isfinite().all() and call(-wrong).shape[1:]
+
+
 # Layers
 
 
@@ -355,6 +394,22 @@ def test_bfloat16_experts_with_kernels_equal_the_twin():
     expected = gradients(layer, x, grad)
     ours = gradients(use_kernels(layer, interpret=True), x, grad)
     assert type(layer.experts) is KernelExperts and max(map(relative, ours, expected)) < 1e-2
+
+
+def test_results_do_not_depend_on_the_default_dtype():
+    """DeepSeek's own demo sets it to bfloat16; scales are float32 all the same."""
+    gate_up, w = draw(5, 128), draw(24, 64)
+
+    def run():
+        a, b = swiglu_quant(gate_up, tile=32), weight_quant(w, 32)
+        return *a, *b, *act_quant(gate_up, 32), fp8_gemm(*a, *b, 32)
+
+    expected = run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert same_bits(run(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_on_a_cpu_the_twins_stay(monkeypatch):
@@ -399,6 +454,9 @@ ENDS = torch.zeros(2, dtype=torch.int32)
         (lambda: fp8_gemm(*fp8.act_quant(torch.ones(2, 100)), B, SB), r"a \(2, 100\) has strides .* multiple of 16"),
         (lambda: grouped_gemm(torch.ones(4, 8), torch.ones(2, 8, 8), ENDS), r"x is \(4, 8\) of .*; bfloat16 or"),
         (lambda: grouped_gemm(A.half(), torch.ones(2, 8, 64).half(), ENDS.long()), "ends is .*int64; .* of int32"),
+        (lambda: grouped_fp8_wgrad(A, SA, B, SA, ENDS, 32), r"b_scale is \(4, 2\) .*; \(6, 2\) of float32"),
+        (lambda: grouped_fp8_wgrad(A, SA, B, B, ENDS.long(), 32), "b_scale is .*float8_e4m3fn"),
+        (lambda: grouped_fp8_wgrad(A, SA, A, SA, ENDS.long(), 32), "tile_ends is .*int64; .* of int32"),
         (lambda: grouped_fp8_gemm(A, SA, B[None], SB, ENDS[:1], 32), r"weight_scale is \(1, 2\).*; \(1, 1, 2\)"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from dsv3_mini.kernels import compile_for, offers
 from dsv3_mini.kernels.ahead import resources
 
-FP8_PRODUCTS = ("fp8_gemm", "fp8_gemm_wgrad", "grouped_fp8_gemm")
+FP8_PRODUCTS = ("fp8_gemm", "fp8_gemm_wgrad", "grouped_fp8_gemm", "grouped_fp8_wgrad")
 
 
 @cache

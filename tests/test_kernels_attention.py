@@ -1,6 +1,7 @@
 """Attention, gate and latent kernels in the interpreter, against the modules of earlier chapters."""
 
 import math
+import re
 from importlib import import_module
 
 import pytest
@@ -161,6 +162,11 @@ def test_bad_decoding_is_refused_with_its_shape(change, message):
         mla_decode(*change(*decoding_inputs([40, 7])))
 
 
+def test_a_number_of_stretches_below_one_is_refused():
+    with pytest.raises(ValueError, match="n_splits=-1"):
+        mla_decode(*decoding_inputs([40, 7]), 0.3, n_splits=-1)
+
+
 def test_compiled_kernels_refuse_cpu_memory():
     with pytest.raises(ValueError, match=r"compiled mla_decode_split.*\(2, 1, 5, 32\) on cpu"):
         mla_decode(*decoding_inputs([40, 7]), interpret=False)
@@ -227,6 +233,13 @@ def test_prefill_of_nothing_has_gradients_of_zero():
     out = mla_prefill(*inputs, 0.2)[0]
     assert out.shape == (1, 0, 3, 16)
     assert all(not g.any() for g in torch.autograd.grad(out.sum(), inputs))
+
+
+def test_second_derivatives_of_a_prompt_are_refused_and_not_wrong():
+    inputs = prefill_inputs(1, 3, 3, h=1)
+    (first,) = torch.autograd.grad(mla_prefill(*inputs, 0.2)[0].square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 BAD_PREFILL = {
@@ -312,6 +325,15 @@ def test_gate_kernel_of_no_tokens():
     assert indices.shape == weights.shape == (0, 4)
 
 
+def test_compiled_gate_compares_the_experts_numbers_where_scores_tie():
+    """The interpreter takes the lower one in any case; only the compiler's own code shows what a GPU would do."""
+    (case,) = import_module("dsv3_mini.kernels.gate").compile_cases().values()
+    regions = re.findall(r'"tt\.reduce"(.*?)tt\.reduce\.return ([^:]*)', compile_case(case, 90).asm["ttir"], re.S)
+    with_index = [body for body, returned in regions if "," in returned]
+    assert len(with_index) == 1 + case.constexprs["KEPT"] + case.constexprs["K"]  # best of a group, groups, experts
+    assert all("cmpi slt" in body and "cmpf oeq" in body for body in with_index)
+
+
 BAD_GATE = {
     "v2": ("v2-lite", (4, 64), {}, "topk_method='greedy'"),
     "experts": ("mini", (4, 24), {"n_routed_experts": 24}, "24 experts in 8 groups"),
@@ -389,6 +411,29 @@ def test_products_run_on_tensor_cores_within_registers_and_shared_memory(arch, p
         assert used.spilled == 0 and used.shared <= 227 * 1024, (name, used)
         full_tiles = name in ("mla_decode", "mla_prefill_forward", "mla_prefill_backward_q", "mla_prefill_backward_kv")
         assert (product in ptx) == full_tiles and ("mma.sync" in ptx) == (name == "mla_decode_few_heads"), name
+
+
+def test_float32_prompts_of_v3s_widths_fit_into_registers():
+    cases = import_module("dsv3_mini.kernels.mla_prefill").compile_cases(torch.float32)
+    used = resources(compile_case(cases["mla_prefill_backward_kv"], 90))  # the hungriest of the three
+    assert used.spilled == 0 and used.shared <= 227 * 1024, used
+
+
+def test_results_do_not_depend_on_the_default_dtype_either():
+    decoding, prompt = decoding_inputs([40, 7]), prefill_inputs(1, 5, 9)
+    gate, logits = router(), torch.randn(9, 32)
+
+    def run():
+        out, lse = mla_prefill(*prompt, 0.2)
+        routed = route(logits, gate.e_score_correction_bias, gate.config)
+        return [*mla_decode(*decoding, 0.3, 2), out, lse, *routed, *torch.autograd.grad(out.sum(), prompt)]
+
+    expected = run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(run(), expected, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_contests_of_a_small_model_are_right_in_the_interpreter():

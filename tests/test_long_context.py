@@ -161,6 +161,25 @@ def test_stretching_changes_clocks_and_scale_and_no_weight(method):
     assert (stretched.model.layers[0].self_attn.scale > model.model.layers[0].self_attn.scale) == (method == "yarn")
 
 
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: long_windows(None, ["text"], 0, 1), "length=0, count=1"),
+        (lambda: long_windows(None, ["text"], 8, 0), "length=8, count=0"),
+        (lambda: cut(torch.zeros(2, 9), 0), r"windows \(2, 9\), .* length=0"),
+        (lambda: cut(torch.zeros(9), 4), r"windows \(9,\), .* length=4"),
+        (lambda: position_losses(None, torch.zeros(9)), r"windows are \(9,\); \(n, T \+ 1\)"),
+        (lambda: position_losses(None, torch.zeros(0, 9)), r"windows are \(0, 9\)"),
+        (lambda: ntk_frequencies(2, 1e4, 4), "dim=2; .* 4 or more"),
+        (lambda: extend(None, torch.zeros(2, 9), 0, 1e-3), r"windows are \(2, 9\) and batch_size=0"),
+        (lambda: ask(None, []), "no haystack"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_stretching_twice_or_by_an_unknown_method_is_refused():
     model = build()
     with pytest.raises(ValueError, match="stretched already"):

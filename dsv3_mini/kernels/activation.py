@@ -55,7 +55,8 @@ def swiglu_quant(
     n, f = len(gate_up), gate_up.shape[1] // 2
     if weights is not None and (weights.shape != (n, 1) or not weights.is_contiguous()):
         raise ValueError(f"weights are {tuple(weights.shape)}; one a row, ({n}, 1) and contiguous, needed")
-    q, scale = empty_rows((n, f), gate_up.device), torch.empty(n, -(-f // tile), device=gate_up.device)
+    q = empty_rows((n, f), gate_up.device)
+    scale = torch.empty(n, -(-f // tile), dtype=torch.float32, device=gate_up.device)
     numbers = (n, f, gate_up.stride(0), q.stride(0), min_amax)
     meta = dict(TILE=tile, ROWS=16, POWER_OF_TWO=scale_fmt == "ue8m0", WEIGHTED=weights is not None)
     tensors = gate_up, gate_up if weights is None else weights, q, scale

@@ -14,7 +14,7 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.kernels.activation import swiglu_quant
 from dsv3_mini.kernels.bench import Contest
 from dsv3_mini.kernels.gemm import Tiling, default_tiling, fp8_gemm
-from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_gemm
+from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_fp8_wgrad, grouped_gemm, start_tiles
 from dsv3_mini.kernels.layers import use_kernels
 from dsv3_mini.kernels.quantise import act_quant, weight_dequant, weight_quant
 from dsv3_mini.model import DeepSeekV3
@@ -139,6 +139,28 @@ def grouped(config: ModelConfig, model: str, n_tokens: int, device: torch.device
         expected = partial(segments, a, b, ends)
         n_bytes = m * k + e * n * k + 2 * m * n
         yield Contest("grouped_fp8_gemm", shape, ours, peer, expected, 5e-3, n_bytes, flops)
+        yield weight_gradients(
+            f"{model} {e} experts {n} x {k} x {m}", torch.randn_like(peer["bf16 grouped_mm"]()), x, ends
+        )
+
+
+def weight_gradients(shape: str, grad: Tensor, x: Tensor, ends: Tensor) -> Contest:
+    """All experts' weight gradients from operands quantised along the tokens, against torch's in bfloat16."""
+    places, tile_ends = start_tiles(ends, len(x), 128)
+    n_places = (len(x) // 128 + len(ends)) * 128
+    rows = [part.new_zeros(n_places, part.shape[1]).index_copy_(0, places, part) for part in (grad, x)]
+    operands = [part for apart in rows for part in act_quant(apart.T)]
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+    def one_by_one() -> Tensor:
+        pairs = zip(grad.split(counts), x.split(counts), strict=True)
+        return torch.stack([fp8.fp8_gemm(*fp8.act_quant(g.T), *fp8.act_quant(part.T)) for g, part in pairs])
+
+    ours = variants(partial(grouped_fp8_wgrad, *operands, tile_ends), default_tiling(1))
+    peer = {"bf16 grouped_mm": partial(F.grouped_mm, grad.T, x, offs=ends)}
+    size = len(ends) * grad.shape[1] * x.shape[1]
+    n_bytes, flops = n_places * (grad.shape[1] + x.shape[1]) + 4 * size, 2 * len(x) * grad.shape[1] * x.shape[1]
+    return Contest("grouped_fp8_wgrad", shape, ours, peer, one_by_one, 5e-3, n_bytes, flops)
 
 
 def segments(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], ends: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def route(logits: Tensor, bias: Tensor, config: ModelConfig, interpret: bool | N
     if not logits.is_contiguous() or not bias.is_contiguous():
         raise ValueError(f"logits {tuple(logits.shape)} has strides {logits.stride()}; call .contiguous() first")
     indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(len(logits), k, device=logits.device)
+    weights = torch.empty(len(logits), k, dtype=torch.float32, device=logits.device)
     meta = dict(E=e, G=g, K=k, KEPT=kept, SLOTS=triton.next_power_of_2(k), num_warps=1, interpret=interpret)
     launch(gate_kernel, (len(logits),), logits, bias, indices, weights, config.routed_scaling_factor, **meta)
     return indices, weights

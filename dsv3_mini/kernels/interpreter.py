@@ -82,7 +82,7 @@ def interpreting() -> Iterator[None]:
         ):
             stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
-        for user in (triton.language.standard.cdiv.fn, float_types):  # their modules know `core` and `tl`
+        for user in (triton.language.standard.cdiv.fn, float_types):  # the language as their modules import it
             stack.callback(interpreter._patch_lang(user).restore)
         stack.enter_context(np.errstate(all="ignore"))  # a GPU does not warn of an overflow either
         yield

@@ -14,7 +14,7 @@ from dsv3_mini import fp8
 from dsv3_mini.fp8 import FP8Experts, FP8Linear, FP8SwiGLU, act_dequant, swiglu
 from dsv3_mini.kernels.activation import swiglu_quant
 from dsv3_mini.kernels.gemm import fp8_gemm
-from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_linear
+from dsv3_mini.kernels.grouped import grouped_fp8_gemm, grouped_fp8_wgrad, grouped_linear, start_tiles
 from dsv3_mini.kernels.quantise import act_quant, check_tile, empty_rows, weight_quant
 from dsv3_mini.moe import Experts, Routing
 
@@ -112,14 +112,24 @@ def input_gradient(grad: Tensor, block: tuple, ends: Tensor, tile: int, scale_fm
     return grouped_fp8_gemm(*tiles, *turned(*block), ends, tile, torch.float32, interpret=interpret)
 
 
-def segment_gradients(grad: Tensor, x: Tensor, ends: Tensor, *options) -> Tensor:
-    """Wgrad of each segment, zero for an expert without rows: (M, out), (M, in) -> (E, out, in)."""
+def segment_gradients_reference(grad: Tensor, x: Tensor, ends: Tensor, *options) -> Tensor:
+    """Wgrad of each segment in turn, zero for an expert without rows: (M, out), (M, in) -> (E, out, in)."""
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    dw = torch.zeros(len(counts), grad.shape[1], x.shape[1], device=x.device)
-    for i, (g, rows) in enumerate(zip(grad.split(counts), x.split(counts), strict=True)):
-        if len(rows):
-            dw[i] = weight_gradient(g, rows, *options)
-    return dw
+    pairs = zip(grad.split(counts), x.split(counts), strict=True)
+    return torch.stack([weight_gradient(g, rows, *options) for g, rows in pairs])
+
+
+def segment_gradients(
+    grad: Tensor, x: Tensor, ends: Tensor, tile: int, scale_fmt: str | None = None, interpret: bool | None = None
+) -> Tensor:
+    """`segment_gradients_reference` with one launch a product, equal in every bit."""
+    places, tile_ends = start_tiles(ends, len(x), tile)
+    n_places = (len(x) // tile + len(ends)) * tile
+    grad, x = (rows.new_zeros(n_places, rows.shape[1]).index_copy_(0, places, rows) for rows in (grad, x))
+    columns = act_quant(grad.T, tile, scale_fmt, min_amax=1e-30, interpret=interpret)
+    return grouped_fp8_wgrad(
+        *columns, *act_quant(x.T, tile, scale_fmt, interpret=interpret), tile_ends, tile, interpret=interpret
+    )
 
 
 def whole_tiles(gate_up: Tensor, down: Tensor, tile: int) -> tuple[Tensor, Tensor]:

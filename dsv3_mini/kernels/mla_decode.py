@@ -127,19 +127,21 @@ def mla_decode(
     q_c (B, T, H, C): content queries carried into the latent's space; q_pe (B, T, H, R), turned. cache (B, S, C + R),
     any batch stride, valid up to lengths (B,), which count the new positions. Returns the weighted latents
     (B, T, H, C) in q_c's type and the log-sum-exp of the scores (B, T, H) in float32. longest: a bound on lengths that
-    the caller vouches for; without one they are read and checked. ValueError names what does not fit.
+    the caller vouches for; without one they are read and checked. Without gradient. ValueError names what does not fit.
     """
     check_decode(q_c, q_pe, cache, lengths)
+    if n_splits is not None and n_splits < 1:
+        raise ValueError(f"{n_splits=}; 1 or more stretches of each text, or None for as many as fill the GPU")
     (b, t, h, c), n_positions, device = q_c.shape, cache.shape[1], q_c.device
     longest = check_lengths(lengths, t, n_positions) if longest is None else longest
     block_m, num_stages = (64, 3) if t * h > 16 and q_c.dtype != torch.float32 else (16, 2)
     row_blocks = -(-t * h // block_m)
     n_splits = n_splits or choose_splits(-(-longest // 32), b * row_blocks, processors(device))
-    z, lse = torch.empty(n_splits, b, t, h, c, device=device), torch.empty(n_splits, b, t, h, device=device)
+    z, lse = (torch.empty(n_splits, b, t, h, *last, dtype=torch.float32, device=device) for last in ((c,), ()))
     meta = dict(C=c, R=q_pe.shape[-1], BLOCK_M=block_m, BLOCK_S=32, num_warps=8, num_stages=num_stages)
     given = q_c, q_pe, cache, lengths, z, lse, cache.stride(0), n_positions, t, h, scale
     launch(mla_decode_split, (row_blocks, b, n_splits), *given, interpret=interpret, **meta)
-    out, out_lse = torch.empty_like(q_c), torch.empty(b, t, h, device=device)
+    out, out_lse = torch.empty_like(q_c), torch.empty(b, t, h, dtype=torch.float32, device=device)
     launch(mla_decode_combine, (b * t * h,), z, lse, out, out_lse, n_splits, C=c, interpret=interpret)
     return out, out_lse
 

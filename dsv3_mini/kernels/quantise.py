@@ -58,7 +58,7 @@ def act_quant(
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     (m, k), n_tiles = rows.shape, -(-x.shape[-1] // tile)
     q = empty_rows((m, k), x.device)
-    scale = torch.empty(m, n_tiles, device=x.device)
+    scale = torch.empty(m, n_tiles, dtype=torch.float32, device=x.device)
     meta = dict(TILE=tile, ROWS=32, POWER_OF_TWO=scale_fmt == "ue8m0")
     grid, strides = (-(-m // meta["ROWS"]), n_tiles), (*rows.stride(), q.stride(0))
     launch(act_quant_kernel, grid, rows, q, scale, m, k, *strides, min_amax, interpret=interpret, **meta)
@@ -109,7 +109,8 @@ def weight_quant(
     stack = w[None] if w.dim() == 2 else w.flatten(0, -3)
     e, m, n = stack.shape
     grid = (-(-m // block), -(-n // block), e)
-    q, scale = empty_rows(stack.shape, w.device), torch.empty(e, *grid[:2], device=w.device)
+    q = empty_rows(stack.shape, w.device)
+    scale = torch.empty(e, *grid[:2], dtype=torch.float32, device=w.device)
     meta, strides = dict(BLOCK=block, POWER_OF_TWO=scale_fmt == "ue8m0"), (*stack.stride(), q.stride(1))
     launch(weight_quant_kernel, grid, stack, q, scale, m, n, *strides, num_warps=8, interpret=interpret, **meta)
     return q.view(w.shape), scale.view(*w.shape[:-2], *grid[:2])
