@@ -83,6 +83,8 @@ def kv_cache_bytes_per_token(config: ModelConfig, attention: str = "mla", bytes_
     }
     if attention not in elements:
         raise ValueError(f"unknown attention {attention!r}; choose one of {', '.join(elements)}")
+    if not bytes_per_element > 0:
+        raise ValueError(f"bytes_per_element={bytes_per_element} must be positive")
     return c.num_hidden_layers * elements[attention] * bytes_per_element
 
 
@@ -94,7 +96,10 @@ def flops_per_token(config: ModelConfig, context: int, training: bool = False) -
 
     The embedding is a lookup and costs nothing. A causal token looks at context / 2 positions on average. Training is
     three forwards: one, and two for the gradients of inputs and weights. The MTP module is not counted.
+    Raises ValueError for a negative context.
     """
+    if not context >= 0:
+        raise ValueError(f"context={context} must be 0 or more")
     c = config
     weights = count_parameters(c).activated - c.vocab_size * c.hidden_size
     core = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * context / 2 * c.num_hidden_layers
@@ -106,6 +111,8 @@ def flops_per_token(config: ModelConfig, context: int, training: bool = False) -
 
 def training_gpu_hours(flops: float, peak_flops_per_second: float, utilisation: float) -> float:
     """GPU-hours for `flops` at a share `utilisation` of the peak. Raises ValueError for a share not in (0, 1]."""
+    if not (flops >= 0 and peak_flops_per_second > 0):
+        raise ValueError(f"{flops=} must be 0 or more and {peak_flops_per_second=} positive")
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation={utilisation:.3g} must lie above 0 and at most 1")
     return flops / (peak_flops_per_second * utilisation) / 3600
@@ -113,6 +120,6 @@ def training_gpu_hours(flops: float, peak_flops_per_second: float, utilisation: 
 
 def training_cost(gpu_hours: float, dollars_per_hour: float) -> float:
     """Rent in dollars. Raises ValueError for negative hours or prices."""
-    if gpu_hours < 0 or dollars_per_hour < 0:
+    if not (gpu_hours >= 0 and dollars_per_hour >= 0):
         raise ValueError(f"gpu_hours={gpu_hours} and dollars_per_hour={dollars_per_hour} must be 0 or more")
     return gpu_hours * dollars_per_hour

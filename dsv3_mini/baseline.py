@@ -3,6 +3,8 @@
 Generated from chapters/02_baseline.ipynb; edit the chapter, not this file.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +14,20 @@ from tqdm.auto import tqdm
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import RMSNorm, SwiGLU, apply_rope, config_frequencies, rope_amplitude, rope_table, softmax_scale
+
+
+def fastest(forms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of the quickest of `rounds` calls of each form; the forms are called in turn."""
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1")
+    best = dict.fromkeys(forms, math.inf)
+    for _ in range(rounds):
+        for name, form in forms.items():
+            started = time.perf_counter()
+            form()
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
 
 # Who may look at whom, and what must be kept?
 
@@ -166,6 +182,8 @@ class Transformer(nn.Module):
         return rope_table(positions, self.frequencies.to(device), self.rope_amplitude)
 
     def forward(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} must be (B, T): a batch of sequences")
         if caches is not None and len(caches) < self.n_layers:
             raise ValueError(f"{len(caches)} caches for {self.n_layers} layers")
         x = self.embed_tokens(input_ids)  # (B, T, D)

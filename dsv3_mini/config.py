@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 
 from dsv3_mini.presets import PRESETS, V2_ABSENT, published_spelling
 
-# What is in the published config?
+# How does a file become a config?
 
 
 @dataclass(frozen=True)

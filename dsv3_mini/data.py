@@ -88,10 +88,10 @@ def python_corpus(max_bytes: int | None = None) -> Corpus:
 
 def folder_corpus(
     path: str | os.PathLike,
-    patterns: Sequence[str] = ("*.py", "*.txt", "*.md", "*.rst", "*.tex", "*.c", "*.h", "*.cpp", "*.js", "*.rs"),
+    patterns: Sequence[str] | str = ("*.py", "*.txt", "*.md", "*.rst", "*.tex", "*.c", "*.h", "*.cpp", "*.js", "*.rs"),
     max_bytes: int | None = None,
 ) -> Corpus:
-    """All files below `path` whose name matches a pattern, hidden files and folders left out.
+    """All files below `path` whose name matches one of `patterns`, hidden files and folders left out.
 
     Raises FileNotFoundError for a missing folder, ValueError for a file or for fewer than two texts.
     """
@@ -100,6 +100,7 @@ def folder_corpus(
         raise FileNotFoundError(f"no folder at {root}")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; a folder of text files is needed")
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     return split_by_file(root.resolve().name, read_folder(root, patterns), max_bytes)
 
 
@@ -131,6 +132,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The ids 0 to 4 are SPECIAL_TOKENS, then come 256 bytes, then merges. A small corpus may give fewer tokens.
     """
+    if isinstance(texts, str):
+        raise ValueError("texts is one string; a list of texts is needed")
     least = 256 + len(SPECIAL_TOKENS)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} must be at least {least}: the bytes and the special tokens")
@@ -151,6 +154,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text; a special token's name inside a text is ordinary text."""
+    if isinstance(texts, str):
+        raise ValueError("texts is one string; a list of texts is needed")
     before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -209,6 +214,8 @@ def split_boundary_tokens(
     ids: list[int], pieces: dict[int, list[int]], generator: torch.Generator, rate: float
 ) -> list[int]:
     """Replace each token found in `pieces` by its halves with probability `rate` (report section 4.1)."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"split rate={rate} must lie between 0 and 1")
     chance = torch.rand(len(ids), generator=generator).tolist()
     parts = (pieces[i] if i in pieces and c < rate else [i] for i, c in zip(ids, chance, strict=True))
     return list(chain.from_iterable(parts))

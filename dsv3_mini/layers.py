@@ -45,6 +45,8 @@ def rope_frequencies(dim: int, theta: float = 10000.0) -> Tensor:
     """Radians per position of each of the dim/2 pairs: theta^(-2i/dim), (dim/2,) float32 on the CPU."""
     if dim < 2 or dim % 2:
         raise ValueError(f"dim={dim} must be even and positive: RoPE turns pairs")
+    if not theta > 0:
+        raise ValueError(f"theta={theta} must be positive")
     return theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
@@ -86,6 +88,8 @@ def yarn_frequencies(
     """
     if factor <= 0 or original_max_position_embeddings <= 0:
         raise ValueError(f"{factor=} and {original_max_position_embeddings=} must be positive")
+    if not theta > 1:
+        raise ValueError(f"theta={theta} must exceed 1: YaRN counts pairs by its logarithm")
 
     def pair_that_turns(times):
         return dim * math.log(original_max_position_embeddings / (2 * math.pi * times)) / (2 * math.log(theta))

@@ -5,7 +5,7 @@ Generated from chapters/00_the_bill.ipynb; edit the chapter, not this file.
 
 from typing import Any
 
-# What is in the published config?
+# How does a file become a config?
 
 
 ALIASES = {

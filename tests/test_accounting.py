@@ -65,3 +65,19 @@ def test_cost_of_the_reported_hours():
         training_cost(-1, 2.0)
     with pytest.raises(ValueError, match="utilisation"):
         training_gpu_hours(1e20, 1e15, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("ask", "named"),
+    [
+        (lambda: kv_cache_bytes_per_token(V3, bytes_per_element=0), "bytes_per_element=0"),
+        (lambda: flops_per_token(V3, -1), "context=-1"),
+        (lambda: flops_per_token(V3, float("nan")), "context=nan"),
+        (lambda: training_gpu_hours(1e20, 0, 0.4), "peak_flops_per_second=0"),
+        (lambda: training_gpu_hours(-1.0, 1e15, 0.4), "flops=-1.0"),
+        (lambda: training_cost(float("nan"), 2.0), "gpu_hours=nan"),
+    ],
+)
+def test_impossible_quantities_are_named(ask, named):
+    with pytest.raises(ValueError, match=named):
+        ask()

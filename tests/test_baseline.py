@@ -1,6 +1,7 @@
 """Attention, caches and the swappable model against loops, transformers' Llama and themselves."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dsv3_mini.baseline import (
     causal_attention,
     causal_mask,
     dense_feed_forward,
+    fastest,
     fit,
     initialise,
     next_token_loss,
@@ -56,6 +58,15 @@ class OneBatch:
 
     def batch(self, step):
         return ids(4, 12)
+
+
+def test_the_stopwatch_takes_turns_and_keeps_the_best(monkeypatch):
+    calls, clock = [], iter([0, 5, 10, 12, 20, 21, 30, 39])  # a takes 5, b 2, a 1, b 9
+    monkeypatch.setattr("dsv3_mini.baseline.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    best = fastest({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b", "a", "b"] and best == {"a": 1, "b": 2}
+    with pytest.raises(ValueError, match="rounds=0"):
+        fastest({}, rounds=0)
 
 
 def test_reference_equals_a_loop_over_positions():
@@ -342,9 +353,11 @@ def test_heads_that_do_not_divide_are_refused(n_kv_heads):
         Attention(TINY, n_kv_heads=n_kv_heads)
 
 
-def test_odd_heads_and_missing_caches_are_refused():
+def test_odd_heads_missing_caches_and_a_bare_sequence_are_refused():
     with pytest.raises(ValueError, match="dim=9 must be even"):
         LanguageModel(TINY.replace(v_head_dim=9))
     model = tiny_model()
     with pytest.raises(ValueError, match="1 caches for 2 layers"):
         model(ids(1, 3), model.new_caches(1, 3)[:1])
+    with pytest.raises(ValueError, match=r"input_ids of shape \(3,\) must be \(B, T\)"):
+        model(ids(1, 3)[0])

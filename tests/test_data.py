@@ -120,7 +120,19 @@ def test_bad_folders_are_named(tmp_path):
         folder_corpus(tmp_path, patterns=["*.none"])
 
 
+def test_one_pattern_is_not_read_letter_by_letter(tmp_path):
+    write(tmp_path, {"a.py": "x", "b.py": "yy", "c.bin": "binary", "p": "a name that is one letter"})
+    corpus = folder_corpus(tmp_path, patterns="*.py")
+    assert sorted(corpus.train + corpus.valid) == ["x", "yy"]
+
+
 # tokens
+
+
+def test_one_text_is_not_read_letter_by_letter():
+    for ask in (lambda: train_tokenizer("abc", 300), lambda: token_ids(TOKENIZER, "abc")):
+        with pytest.raises(ValueError, match="texts is one string; a list of texts is needed"):
+            ask()
 
 
 @settings(max_examples=300, deadline=None)
@@ -256,8 +268,10 @@ def test_encoding_depends_on_its_seed_alone():
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
 def test_a_rate_that_is_no_share_is_refused(rate):
-    with pytest.raises(ValueError, match="rate="):
+    with pytest.raises(ValueError, match="^rate="):
         fill_in_the_middle([5, 6], generator(), rate)
+    with pytest.raises(ValueError, match="^split rate="):
+        encode(TOKENIZER, TEXTS, split_rate=rate)
 
 
 # windows and batches

@@ -222,6 +222,14 @@ def test_odd_or_empty_rotary_width_is_refused(dim):
         rope_frequencies(dim)
 
 
+@pytest.mark.parametrize("theta", [0.0, -10000.0, float("nan")])
+def test_a_base_without_powers_is_refused(theta):
+    with pytest.raises(ValueError, match="theta="):
+        rope_frequencies(8, theta)
+    with pytest.raises(ValueError, match="theta=1.0 must exceed 1"):
+        yarn_frequencies(8, 1.0, 4, 64)
+
+
 def test_yarn_refuses_a_factor_or_a_length_that_is_not_positive():
     with pytest.raises(ValueError, match="factor=0 and original_max_position_embeddings=64 must be positive"):
         yarn_frequencies(8, 10000.0, 0, 64)
