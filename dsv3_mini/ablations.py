@@ -25,7 +25,7 @@ from dsv3_mini.recipe import TrainOptions
 from dsv3_mini.resume import read_log
 from dsv3_mini.train import Run, continue_run, describe, load_run, start_run, train_step
 
-# Which part of the recipe earns its place?
+# How were the comparisons run?
 
 
 def measure(run: Run, n_gaps: int = 80) -> dict[str, float]:
@@ -118,9 +118,16 @@ def plain_model(config: ModelConfig) -> dict[str, int]:
     return changes | {"intermediate_size": config.intermediate_size + round(missing)}
 
 
+def read_run(folder: str | os.PathLike) -> dict:
+    """What `train` wrote of itself into a folder; FileNotFoundError says how to get such a folder."""
+    if not (file := Path(folder) / "run.json").is_file():
+        raise FileNotFoundError(f"no {file}: `python -m dsv3_mini train --out {folder}` makes such a run")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def committed_run(folder: str | os.PathLike, data: Dataset) -> dict:
     """The description of a folder that `train` wrote; ValueError if `data` is not what it was trained on."""
-    described = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    described = read_run(folder)
     same_tokens = Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).to_str() == data.tokenizer.to_str()
     if described["corpus"]["sha256"] != data.corpus.sha256 or not same_tokens:
         raise ValueError(f"{folder} was trained on other text than this machine's {described['options']['data']}")
@@ -129,7 +136,7 @@ def committed_run(folder: str | os.PathLike, data: Dataset) -> dict:
 
 def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
     """The committed model beside counts, compressors and the text itself, on text that it has not read."""
-    options = TrainOptions(**json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["options"])
+    options = TrainOptions(**read_run(folder)["options"])
     data, started = prepare(options), time.perf_counter()
     described, model = committed_run(folder, data), DeepSeekV3.from_pretrained(folder, dtype=torch.float32)
     results = evaluate(model, data)
@@ -142,7 +149,7 @@ def mini_runs(folder: str = "assets/checkpoints/mini") -> Iterator[dict]:
 
 def plain_runs(folder: str = "assets/checkpoints/mini", out: str = "runs/plain") -> Iterator[dict]:
     """Chapter 02's transformer by the same recipe on the same tokens, at equal activated parameters; it can resume."""
-    options = TrainOptions(**json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["options"])
+    options = TrainOptions(**read_run(folder)["options"])
     options = dataclasses.replace(options, model=plain_model(options.config()), mtp_weight=0.0)
     resume = (Path(out) / "resume.safetensors").exists()
     run = load_run(out, options, LanguageModel) if resume else start_run(options, out, build=LanguageModel)
@@ -158,7 +165,7 @@ def plain_runs(folder: str = "assets/checkpoints/mini", out: str = "runs/plain")
 
 def nano_runs(folder: str = "runs/nano") -> Iterator[dict]:
     """What `train` wrote with its defaults: the options, the corpus and the whole log."""
-    described = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    described = read_run(folder)
     log, seed = read_log(folder), described["options"]["seed"]
     seconds, loss = described["seconds"], log[-1]["valid_loss"]
     yield {"variant": "nano", "seed": seed, "seconds": seconds, "valid_loss": loss, "run": described, "log": log}

@@ -28,7 +28,7 @@ from dsv3_mini.data import (
 )
 from dsv3_mini.recipe import TrainOptions
 
-# What does it read?
+# What does a run need to be repeated?
 
 
 def read_source(source: str, max_bytes: int | None = None) -> Corpus:
@@ -45,7 +45,10 @@ def read_source(source: str, max_bytes: int | None = None) -> Corpus:
 
 def read_sources(sources: str, max_bytes: int | None = None) -> Corpus:
     """Comma-separated sources as one corpus; what stands in both splits stays in training only."""
-    corpora = [read_source(source.strip(), max_bytes) for source in sources.split(",")]
+    names = [source.strip() for source in sources.split(",")]
+    if not all(names):
+        raise ValueError(f"data={sources!r} names an empty source; a name or a folder is needed between commas")
+    corpora = [read_source(name, max_bytes) for name in names]
     if len(corpora) == 1:
         return corpora[0]
     train = list(dict.fromkeys(chain.from_iterable(corpus.train for corpus in corpora)))

@@ -203,7 +203,7 @@ def continue_together(member: Member, progress: bool = True) -> None:
 
 def publish_together(member: Member, dtype: torch.dtype | None = None) -> None:
     """On rank 0: the whole model from the last checkpoint, in the published layout."""
-    model = DeepSeekV3(member.run.model.config)
+    model = DeepSeekV3(member.options.config())
     tensors = {f"model.{name}": tensor.detach() for name, tensor in unique_tensors(model).items()}
     load_tensors(member.out / "checkpoints", tensors, alone=True)
     member.run.model = model

@@ -14,9 +14,10 @@ def balanced_packing(weights: Tensor, n_packs: int) -> Tensor:
 
     weights: (n,) -> (n_packs, n / n_packs) numbers of the items. One item a pack: all stay where they are.
     """
-    n, size = len(weights), len(weights) // n_packs
-    if n % n_packs:
+    n = len(weights)
+    if n_packs < 1 or n % n_packs:
         raise ValueError(f"{n} items do not make {n_packs} packs of equal size")
+    size = n // n_packs
     if size == 1:
         return torch.arange(n).unsqueeze(1)
     packs, total = [[] for _ in range(n_packs)], [0.0] * n_packs
@@ -29,6 +30,8 @@ def balanced_packing(weights: Tensor, n_packs: int) -> Tensor:
 
 def replicate_experts(load: Tensor, n_replicas: int) -> tuple[Tensor, Tensor]:
     """Give each further replica to the expert whose replicas carry most: (E,) -> experts (R,), counts (E,)."""
+    if n_replicas < len(load):
+        raise ValueError(f"{n_replicas=} leaves some of {len(load)} experts without a place")
     replicas, count = list(range(len(load))), torch.ones(len(load), dtype=torch.long)
     while len(replicas) < n_replicas:
         busiest = int((load / count).argmax())
@@ -79,7 +82,7 @@ def rebalance_experts(
 
 def check_sizes(load: Tensor, n_replicas: int, n_groups: int, n_nodes: int, n_gpus: int) -> None:
     """Refuse what cannot be placed, naming the number and what would do."""
-    if load.ndim != 2 or not (torch.isfinite(load) & (load >= 0)).all():
+    if load.ndim != 2 or not load.numel() or not (torch.isfinite(load) & (load >= 0)).all():
         raise ValueError(f"load {tuple(load.shape)} must be (layers, experts), finite and not negative")
     if min(n_groups, n_nodes, n_gpus) < 1:
         raise ValueError(f"{n_groups=}, {n_nodes=} and {n_gpus=} must be 1 or more")

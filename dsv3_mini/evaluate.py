@@ -88,6 +88,8 @@ def continue_ids(
     model: DeepSeekV3, ids: Sequence[int], new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[int]:
     """Up to `new_tokens` ids after `ids`, one at a time over a latent cache, the end token included if it comes."""
+    if not ids or temperature < 0:
+        raise ValueError(f"{len(ids)} ids and {temperature=}: one id at least, and a temperature of 0 or more")
     generator, caches = torch.Generator().manual_seed(seed), model.new_caches(1, len(ids) + new_tokens)
     step, new = torch.tensor([list(ids)]), []
     while len(new) < new_tokens and new[-1:] != [model.config.eos_token_id]:
@@ -237,6 +239,10 @@ def evaluate(model: nn.Module, data: Dataset, max_windows: int = 256, n_heads: i
     """
     windows = data.valid[:: max(1, len(data.valid) // max_windows)]
     heads = function_heads(data.corpus.valid, n_heads)
-    asked = windows, heads, gaps(data.tokenizer, data.corpus.valid, n_gaps, windows.shape[1] // 2)
+    holes = gaps(data.tokenizer, data.corpus.valid, n_gaps, windows.shape[1] // 2)
+    if not heads or not holes:
+        found = f"{len(heads)} function heads and {len(holes)} texts that are long enough for a gap"
+        raise ValueError(f"the validation text of {data.corpus.name} has {found}; both are needed")
+    asked = windows, heads, holes
     counted, measured = measure_counts(data, model.config.vocab_size, *asked), measure_model(model, data, *asked)
     return {measure: values | measured[measure] for measure, values in counted.items()}

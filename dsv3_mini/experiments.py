@@ -51,7 +51,7 @@ from dsv3_mini.mla import MLA
 from dsv3_mini.moe import Routing, moe_feed_forward, record_routing
 from dsv3_mini.step_speed import training_speed_runs
 
-# Which part of the recipe earns its place?
+# How were the comparisons run?
 
 
 def summary(variant: str, seed: int, model: nn.Module, losses: list[float], started: float) -> dict:

@@ -203,12 +203,12 @@ def run_rank(
     return {"output": output.detach(), "x": x.grad, "copies": part.copies, **gradients}
 
 
-def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+def spread_experts(model: nn.Module, mesh: DeviceMesh, fp8_dispatch: bool = False) -> None:
     """Put this rank's `ExpertParallelMoE` in the place of every MoE in a model."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MoE):
-                setattr(module, name, ExpertParallelMoE.from_moe(child, mesh))
+                setattr(module, name, ExpertParallelMoE.from_moe(child, mesh, fp8_dispatch))
 
 
 # Which wires does a token use?
@@ -216,6 +216,8 @@ def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def distinct_nodes(indices: Tensor, n_experts: int, n_nodes: int) -> Tensor:
     """On how many nodes each token's experts stand: (N, K) -> (N,). Node m holds the m-th equal run of experts."""
+    if n_experts % n_nodes:
+        raise ValueError(f"{n_experts=} must be a multiple of {n_nodes=}")
     chosen = torch.zeros(len(indices), n_nodes, dtype=torch.bool)
     return chosen.scatter_(1, indices // (n_experts // n_nodes), True).sum(1)
 
@@ -228,6 +230,8 @@ def count_copies(
     home: (N,) the GPU on which a token starts. Plain: one copy a chosen expert, straight to its GPU. Deduplicated: one
     a node, to the GPU with home's number in it, then one to each further GPU that has an expert of the token.
     """
+    if n_experts % n_gpus or n_gpus % n_nodes:
+        raise ValueError(f"{n_experts=} must be a multiple of {n_gpus=}, and {n_gpus=} of {n_nodes=}")
     per_node, gpu = n_gpus // n_nodes, indices // (n_experts // n_gpus)
     if not deduplicate:
         away = gpu // per_node != home[:, None] // per_node

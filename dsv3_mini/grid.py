@@ -147,7 +147,7 @@ class Member:
     """One process of a run: its place, its stages, and everything that its next step reads or changes.
 
     dense, routed: its parameters by name, apart by the groups of `grid` that hold copies; optimizers: one for each.
-    run: the whole run on rank 0, which reads the text and publishes; None elsewhere.
+    run: on rank 0, which reads the text and publishes, the run without weights; None elsewhere.
     """
 
     options: TrainOptions
@@ -204,4 +204,6 @@ def assemble(
     stages = split_into_stages(model, pipeline, options.mtp_weight, options.alpha, TrainingStage)
     mine = Pipeline(stages_of_rank(stages, schedule, grid.stage), schedule, grid.mesh.get_group("pipeline"))
     stream = Stream(train, options.seed)
+    if runs:  # drawn to be sent out: from here on rank 0 holds its own stages like all others
+        runs[0].model = runs[0].optimizer = runs[0].balancer = runs[0].average = None
     return Member(options, Path(out), grid, runs[0] if runs else None, stream, valid, bytes_per_token, mine)

@@ -49,6 +49,8 @@ def joined(device: str = "cpu", timeout: float = 600.0) -> Iterator[None]:
     raises OSError that names it and the cause, the others end with exit code 2 and say nothing.
     """
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device='cuda' cannot be used here: torch finds no GPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         use_loopback()

@@ -37,6 +37,8 @@ class NGrams:
 
     def number(self, windows: Tensor, n: int) -> Tensor:
         """The n-gram that ends at each token which has n - 1 tokens before it, as one integer."""
+        if not 1 <= n <= windows.shape[1]:
+            raise ValueError(f"windows of {windows.shape[1]} tokens hold no {n}-grams")
         grams = windows[:, : windows.shape[1] - n + 1]
         for i in range(1, n):
             grams = grams * self.vocab_size + windows[:, i : windows.shape[1] - n + 1 + i]

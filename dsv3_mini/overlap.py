@@ -54,6 +54,8 @@ class Costs(NamedTuple):
 
 def chunk_costs(attention: float, dispatch: float, mlp: float, combine: float) -> Costs:
     """Durations of the chunks: alone, all parts one after the other; as a pair, computing while sending."""
+    if min(attention, dispatch, mlp, combine) < 0:
+        raise ValueError(f"durations must not be negative: {attention=}, {dispatch=}, {mlp=}, {combine=}")
     compute, network = attention + mlp, dispatch + combine
     ends = run_streams(chunk_tasks(attention, dispatch, mlp, combine)).values()
     return Costs(compute + network, 2 * compute + network, compute, max(end for _, end in ends))

@@ -10,7 +10,7 @@ from torch import nn
 
 from dsv3_mini.model import DeepSeekV3
 
-# Which part of the recipe earns its place?
+# How were the comparisons run?
 
 
 def transformers_twin(model: DeepSeekV3) -> nn.Module:
@@ -30,6 +30,8 @@ def time_in_turn(sides: dict[str, Callable[[], tuple[int, float] | int]], rounds
 
     A side does its work and returns its token count, or tokens and seconds where not all of its time counts.
     """
+    if rounds < 1:
+        raise ValueError(f"{rounds=} must be 1 or more")
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
         for name, work in sides.items():

@@ -46,10 +46,11 @@ class TrainOptions:
     validate_every: int = 100
 
     def __post_init__(self):
-        for name in ("batch_size", "seq_len", "checkpoint_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        for name in ("steps", "learning_rate", "embedding_std", "weight_decay", "clip", "mtp_weight", "gamma", "alpha"):
+        whole = {"steps": 0, "batch_size": 1, "seq_len": 1, "checkpoint_every": 1, "validate_every": 1}
+        for name, least in whole.items():
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+        for name in ("learning_rate", "embedding_std", "weight_decay", "clip", "mtp_weight", "gamma", "alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         for name in ("fim_rate", "split_rate", "ema_horizon"):
@@ -84,9 +85,6 @@ def check_same_options(options: TrainOptions, stored: TrainOptions) -> None:
 def scaled_init(hidden_size: int) -> float:
     """The report's 0.006 at width 7168, grown so that a matrix does to a vector's length what it does there."""
     return round(0.006 * math.sqrt(7168 / hidden_size), 4)
-
-
-# How fast, and when slower?
 
 
 DECAY_START = 10 / 14.8  # the learning rate starts to fall, lambda drops (shares of 14.8T tokens)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dsv3_mini.layers import RMSNorm
 from dsv3_mini.mla import MLA
 
-# What need not be kept?
+# What does a step cost?
 
 
 def attention_contexts(mla: MLA):

@@ -133,8 +133,7 @@ def simulate(
     unless given. latency: added between ranks. Raises ValueError, naming the waiting ops, if no rank can go on.
     """
     lengths = {"F": F, "B": B, "I": B - W, "W": W, "FB": F + B if overlapped is None else overlapped}
-    if min(*lengths.values(), latency) < 0:
-        raise ValueError(f"durations must not be negative: {lengths}, {latency=}")
+    check_clock(schedule, lengths, latency)
     folded, n_ranks = getattr(schedule, "folded", False), len(schedule)
     done: dict[tuple[int, Chunk], float] = {}
     free, spans, todo = [0.0] * n_ranks, [], [deque(ops) for ops in schedule]
@@ -151,6 +150,17 @@ def simulate(
             raise ValueError(f"the schedule is stuck, all wait: {waiting}")
     busy = [sum(span.end - span.start for span in spans if span.rank == rank) for rank in range(n_ranks)]
     return Simulation(spans, max(free), [max(free) - time for time in busy], [peak_live(ops) for ops in schedule])
+
+
+def check_clock(schedule: Schedule, lengths: dict[str, float], latency: float) -> None:
+    """Refuse an op that has no duration, and a duration that is none."""
+    if not all(0 <= time < float("inf") for time in (*lengths.values(), latency)):
+        raise ValueError(f"durations must be finite and not negative: {lengths}, {latency=}")
+    for rank, op in ((rank, op) for rank, ops in enumerate(schedule) for op in ops):
+        if "".join(chunk.kind for chunk in op) not in lengths:
+            raise ValueError(f"rank {rank}: {op} is neither one chunk (F, B, I, W) nor a pair (F, then B)")
+    if not schedule:
+        raise ValueError("the schedule has no ranks")
 
 
 def peak_live(ops: list[tuple[Chunk, ...]]) -> int:
@@ -199,9 +209,6 @@ def zb1p_schedule(n_ranks: int, n_chunks: int) -> Schedule:
     return Schedule(rank.ops for rank in ranks)
 
 
-# Which B do you mean?
-
-
 def bubble(
     method: str, n_ranks: int, F: float = 1, B: float = 2, W: float = 1, overlapped: float | None = None
 ) -> float:
@@ -209,6 +216,8 @@ def bubble(
 
     method: "gpipe", "1f1b", "zb1p", "dualpipe" or "dualpipev" (there n_ranks / 2 ranks hold n_ranks stages).
     """
+    if n_ranks < 1 or (n_ranks % 2 and method.startswith("dualpipe")):
+        raise ValueError(f"{n_ranks=} must be 1 or more, and even for DualPipe")
     pair = F + B if overlapped is None else overlapped
     formulas = {
         "gpipe": (n_ranks - 1) * (F + B),

@@ -17,7 +17,7 @@ from dsv3_mini.peer import time_in_turn, transformers_twin
 from dsv3_mini.recipe import TrainOptions
 from dsv3_mini.train import make_optimizer
 
-# Which part of the recipe earns its place?
+# How were the comparisons run?
 
 
 def our_step(model: DeepSeekV3, windows: torch.Tensor, dtype: torch.dtype):

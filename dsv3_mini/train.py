@@ -70,6 +70,7 @@ def start_run(
     config, folder = options.config(), Path(out)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed for the run")
+    check_device(options.device)
     data = prepare(options, tokenizer)
     if options.batch_size > len(data.train):
         raise ValueError(f"batch_size={options.batch_size} exceeds the {len(data.train)} windows that the text gives")
@@ -88,6 +89,14 @@ def start_run(
         balancer=BiasBalancer(model, options.gamma),
         average=WeightAverage(model, options.ema_horizon * options.steps),
     )
+
+
+def check_device(device: str) -> None:
+    """ValueError unless torch can compute there on this machine."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def total_loss(run: Run, windows: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Tensor]]:
@@ -222,7 +231,7 @@ def publish(run: Run, dtype: torch.dtype | None = None) -> None:
     run.model.save_pretrained(run.out, dtype)
     write_whole(run.out / "tokenizer.json", lambda partial: tokenizer.save(str(partial)))
     write_json(run.out / "tokenizer_config.json", special | limit)
-    write_json(run.out / "generation_config.json", {**ids, "pad_token_id": config.eos_token_id, "do_sample": False})
+    write_json(run.out / "generation_config.json", {**ids, "do_sample": False})
     write_json(run.out / "run.json", describe(run))
 
 

@@ -58,9 +58,10 @@ class Workers:
     """`n_ranks` processes on this machine that form one torch.distributed group (gloo, 127.0.0.1, a thread each).
 
     with Workers(4) as workers: workers.run(function, arguments_of_each_rank). The function must live in a module that
-    can be imported. If a rank fails, dies, or gives no answer within `timeout` seconds, all are ended and RuntimeError
-    names the rank and the cause. port: None takes a free one; OSError if the one asked for is in use. preload:
-    modules that the first Workers of a program import once for all processes that are forked later.
+    can be imported, and a script must call this below `if __name__ == "__main__":`. If a rank fails, dies, or gives no
+    answer within `timeout` seconds, all are ended and RuntimeError names the rank and the cause. port: None takes a
+    free one; OSError if the one asked for is in use. preload: modules that the first Workers of a program import once
+    for all processes that are forked later.
     """
 
     def __init__(
@@ -155,6 +156,8 @@ def answer_of(process, pipe: connection.Connection) -> tuple:
 
 def open_store(port: int | None) -> dist.TCPStore:
     """The address book in which the ranks find each other: on 127.0.0.1, at a free port or at the one asked for."""
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"port={port} must lie in 1..65535")
     try:
         listener = socket.create_server(("127.0.0.1", port or 0))  # left to itself, torch listens on every interface
     except OSError as error:

@@ -1,5 +1,6 @@
 """The trainer on several processes: the run of one process, resumed on other numbers of them, and its failures."""
 
+import gc
 import json
 import os
 import random
@@ -109,6 +110,19 @@ def gradient_on_rank(options, out, pipeline, experts):
     for load in loads:
         dist.all_reduce(load, group=member.grid.dense)
     return read[0], loads, losses, norm, {name: p.grad for name, p in member.pipeline.parameters.items()}
+
+
+def weights_alive(options, out):
+    """Bytes of all parameters in this process once a run is assembled, and of those that are its stages'."""
+    member = assemble(options.config(), lambda: start_run(options, out), out, 2, 2, "cpu")
+    gc.collect()
+    alive = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.nn.Parameter))
+    return alive, sum(p.nbytes for p in member.pipeline.parameters.values())
+
+
+def test_no_rank_keeps_weights_that_are_not_its_own(groups, options, tmp_path):
+    for alive, own in groups[4].run(weights_alive, [(options, tmp_path)] * 4):
+        assert alive == own > 0
 
 
 @pytest.fixture(scope="module")

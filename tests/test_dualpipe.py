@@ -376,6 +376,8 @@ def test_wrong_counts_are_refused_before_anything_runs(two):
         two.run(thread_count, [()] * 3)
     with pytest.raises(ValueError, match="n_ranks=0"):
         Workers(0)
+    with pytest.raises(ValueError, match="port=65536 must lie in 1..65535"):
+        Workers(1, port=2**16)
 
 
 def test_a_payload_of_another_dtype_is_refused():

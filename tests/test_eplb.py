@@ -134,11 +134,20 @@ def test_replicas_take_turns_and_the_output_stays():
         (dict(n_groups=0), "n_groups=0"),
         (dict(load=LOAD[0]), "must be \\(layers, experts\\)"),
         (dict(load=-LOAD), "not negative"),
+        (dict(load=LOAD[:0]), "\\(0, 12\\) must be"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         rebalance_experts(**{**dict(load=LOAD, n_replicas=16, n_groups=4, n_nodes=2, n_gpus=8), **changes})
+
+
+def test_packs_and_replicas_that_cannot_be_are_refused():
+    for n_packs in (0, 3):
+        with pytest.raises(ValueError, match=f"4 items do not make {n_packs} packs"):
+            balanced_packing(torch.ones(4), n_packs)
+    with pytest.raises(ValueError, match="n_replicas=3 leaves some of 4 experts"):
+        replicate_experts(torch.ones(4), 3)
 
 
 def test_places_of_an_expert_are_padded_with_minus_one():

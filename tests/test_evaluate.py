@@ -72,6 +72,14 @@ def test_a_vocabulary_too_large_for_ngrams_is_refused():
         NGrams(torch.zeros(1, 9, dtype=torch.long), 10000)
 
 
+def test_windows_shorter_than_the_ngrams_are_refused():
+    windows = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="windows of 3 tokens hold no 4-grams"):
+        NGrams(windows, 7, order=5)
+    with pytest.raises(ValueError, match="windows of 2 tokens hold no 3-grams"):
+        NGrams(windows, 7, order=3).log_probabilities(windows[:, :2])
+
+
 def test_validation_loss_weighs_the_short_last_batch_by_its_size():
     model, windows = tiny(LanguageModel), torch.randint(5, 300, (7, 9))
     assert validation_loss(model, windows, 3, 7) == pytest.approx(next_token_loss(model, windows).item(), rel=1e-5)
@@ -164,6 +172,12 @@ def test_continuing_is_greedy_decoding_of_the_uncached_model_and_a_seeded_draw()
     assert draws[0] == draws[1] != draws[2]
 
 
+@pytest.mark.parametrize("ids, temperature", [([], 0.0), ([5], -1.0)])
+def test_nothing_to_continue_and_a_negative_temperature_are_refused(ids, temperature):
+    with pytest.raises(ValueError, match=f"{len(ids)} ids and temperature={temperature}"):
+        continue_ids(tiny(DeepSeekV3), ids, 2, temperature)
+
+
 @pytest.mark.parametrize("cls", [DeepSeekV3, LanguageModel])
 def test_continuing_together_is_continuing_alone_up_to_the_end_token(cls):
     model, prompts = tiny(cls), [[0, 7, 8, 9], [0, 9], [0, 30, 7, 8, 11, 12, 13]]
@@ -203,3 +217,12 @@ def test_evaluation_at_once_equals_evaluation_one_by_one():
     assert results["body parses"]["5-gram"] == valid_share(ngram_writer(five, tokenizer), heads)
     assert results["bits per byte"]["model"] > results["bits per byte"]["unigram"] > results["bits per byte"]["5-gram"]
     assert results["next token"]["5-gram"] > results["next token"]["unigram"] and len(results["gap filled"]) == 4
+
+
+def test_text_without_functions_or_room_for_gaps_is_refused():
+    texts = ["Nothing here is a function. " * 9 for _ in range(3)]
+    tokenizer = train_tokenizer(texts, 290)
+    windows = pack(encode(tokenizer, texts), 24)
+    data = Dataset(tokenizer, windows, windows, 2.0, Corpus("prose", texts, texts, ""))
+    with pytest.raises(ValueError, match="prose has 0 function heads and 3 texts"):
+        evaluate(tiny(DeepSeekV3), data, n_gaps=3)

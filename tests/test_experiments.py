@@ -31,6 +31,12 @@ def test_unknown_experiment_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("runs", [ablations.nano_runs, ablations.mini_runs, ablations.plain_runs])
+def test_a_run_that_is_not_there_is_named_with_the_command_that_makes_it(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no .*run.json: `python -m dsv3_mini train --out .*none` makes"):
+        list(runs(str(tmp_path / "none")))
+
+
 def test_log_holds_machine_versions_and_every_run_or_does_not_appear(tmp_path, monkeypatch):
     def two():
         yield {"variant": "a", "seed": 0}

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
@@ -11,6 +13,7 @@ from dsv3_mini.expert_parallel import (
     expert_parallel_reference,
     pack_fp8,
     run_rank,
+    spread_experts,
     unpack_fp8,
 )
 from dsv3_mini.fp8 import act_dequant, act_quant
@@ -167,6 +170,21 @@ def test_experts_that_do_not_spread_evenly_are_refused(groups):
         four.run(run_rank, [(moe, x, x, (4,))] * 4)
 
 
+def test_a_spread_model_sends_in_the_form_that_was_asked_for():
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig.preset("nano", num_hidden_layers=3), MLA, moe_feed_forward)
+    ids, dense = torch.randint(1024, (2, 9)), model.model.layers[0].mlp
+    exact = model(ids)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        spread_experts(model, init_device_mesh("cpu", (1,)), fp8_dispatch=True)
+        rounded = model(ids)
+    finally:
+        dist.destroy_process_group()
+    assert model.model.layers[0].mlp is dense and not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1 * exact.abs().max().item())
+
+
 def test_reference_of_all_ranks_in_one_process_equals_the_layer():
     moe, xs = whole_layer(n_shared_experts=0), [torch.randn(n, 20, dtype=torch.float64) for n in (5, 0, 8, 1)]
     experts = moe.experts
@@ -195,6 +213,14 @@ def test_copies_equal_a_count_with_sets(deduplicate):
         copies_one_by_one(i, h, 24, 3, 12, deduplicate) for i, h in zip(indices.tolist(), home.tolist(), strict=True)
     ]
     assert list(zip(slow.tolist(), fast.tolist(), strict=True)) == expected
+
+
+def test_experts_that_do_not_divide_over_nodes_or_gpus_are_refused():
+    indices, home = torch.tensor([[0, 11]]), torch.tensor([0])
+    with pytest.raises(ValueError, match="n_experts=12 must be a multiple of n_nodes=5"):
+        distinct_nodes(indices, 12, 5)
+    with pytest.raises(ValueError, match="n_experts=12 must be a multiple of n_gpus=4, and n_gpus=4 of n_nodes=3"):
+        count_copies(indices, home, 12, 3, 4)
 
 
 def test_free_routing_visits_the_expected_nodes_and_limited_routing_at_most_four():

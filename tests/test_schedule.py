@@ -288,5 +288,23 @@ def test_impossible_counts_are_refused(make, n_ranks, n, words):
 def test_impossible_costs_and_methods_are_refused():
     with pytest.raises(ValueError, match="negative"):
         simulate(gpipe_schedule(2, 2), B=1, W=2)
+    for time in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be finite"):
+            simulate(gpipe_schedule(2, 2), latency=time)
+    with pytest.raises(ValueError, match="dispatch=-1"):
+        chunk_costs(1, -1, 1, 1)
     with pytest.raises(ValueError, match="choose one of gpipe"):
         bubble("dualpipes", 8)
+    with pytest.raises(ValueError, match="n_ranks=3 must be .* even for DualPipe"):
+        bubble("dualpipe", 3)
+
+
+F0, B0 = Chunk("F", 0, 0), Chunk("B", 0, 0)
+
+
+@pytest.mark.parametrize("op", [(Chunk("X", 0, 0),), (B0, F0), (F0, B0, F0), ()])
+def test_an_op_that_is_neither_a_chunk_nor_a_pair_is_named(op):
+    with pytest.raises(ValueError, match="rank 1: .* is neither one chunk"):
+        simulate(Schedule([[(F0,)], [op]]))
+    with pytest.raises(ValueError, match="no ranks"):
+        simulate(Schedule([]))

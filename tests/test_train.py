@@ -384,6 +384,12 @@ def test_transformers_opens_the_folder_and_writes_the_same_text(options, tmp_pat
     assert tokenizer.decode(ids[0]) == "def f12(x):\n" and tokenizer.eos_token_id == EOS
 
 
+@pytest.mark.parametrize("name, value", [("steps", 2.5), ("batch_size", 0), ("seq_len", "64")])
+def test_counts_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number"):
+        TrainOptions(**{name: value})
+
+
 def test_an_mtp_module_that_nothing_trains_is_refused(options):
     with pytest.raises(ValueError, match="mtp_weight=0 would train no MTP module"):
         TrainOptions(**{**options.__dict__, "mtp_weight": 0.0}).config()
@@ -447,15 +453,17 @@ def test_committed_model_is_small_and_its_log_is_that_of_its_run():
         (["--seq-len", "1025"], "max_position_embeddings=1024"),
         (["--batch-size", "100000"], "exceeds the"),
         (["--dtype", "float8"], "dtype='float8'"),
+        (["--device", "mars"], "device='mars' cannot be used here"),
         (["--learning-rate", "nan"], "learning_rate=nan"),
         (["--data", "no/such/folder"], "no folder at no/such/folder"),
         (["--data", "EMPTY"], "0 usable files"),
+        (["--data", "EMPTY,"], "names an empty source"),
         (["--resume"], "nothing to resume"),
     ],
 )
 def test_bad_request_is_one_line_and_writes_nothing(text, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
-    arguments = [str(tmp_path / "empty") if a == "EMPTY" else a for a in arguments]
+    arguments = [a.replace("EMPTY", str(tmp_path / "empty")) for a in arguments]
     defaults = [] if "--data" in arguments else ["--data", str(text)]
     assert main(["train", "--out", str(tmp_path / "run"), *defaults, *arguments]) == 2
     error = capsys.readouterr().err
