@@ -45,11 +45,11 @@ def base_config() -> ModelConfig:
     return ModelConfig.preset("nano", **heads, **experts, **width, **size, **rest)
 
 
-def base_model(seed: int = 0, steps: int = 450) -> tuple[DeepSeekV3, dict[str, str]]:
+def base_model(seed: int = 0, steps: int = 450, n_pages: int = 5000) -> tuple[DeepSeekV3, dict[str, str]]:
     """Pretrain on a fresh exercise book with chapter 02's loop and chapter 05's bias: the model, and its facts."""
     generator, tokenizer = torch.Generator().manual_seed(seed), exercise_tokenizer()
     facts = town_facts(48, generator)
-    windows = pack(token_ids(tokenizer, exercise_book(5000, facts, generator)), 32)
+    windows = pack(token_ids(tokenizer, exercise_book(n_pages, facts, generator)), 32)
     torch.manual_seed(seed)
     model = DeepSeekV3(base_config())
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.4)
@@ -95,6 +95,16 @@ def lesson_windows(tokenizer: Tokenizer, samples: Sequence[Sample], facts: dict[
     return pack_samples([samples[i] for i in order], 63)
 
 
+def distinct_sums(n: int, generator: torch.Generator) -> list[str]:
+    """n different questions for lessons; ValueError for more than 400, of the 475 that are not held out."""
+    if n > 400:
+        raise ValueError(f"n={n} exceeds 400: there are 475 sums of four that are not held out")
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found[draw_sum(4, generator)] = None
+    return list(found)
+
+
 def student_model(
     base: DeepSeekV3, facts: dict[str, str], lessons: dict[str, str], seed: int = 0, change: Callable | None = None
 ) -> DeepSeekV3:
@@ -104,7 +114,7 @@ def student_model(
     windows = lesson_windows(tokenizer, samples, facts, seed)
     if change:
         change(windows)
-    fine_tune(model, windows, seed=seed)
+    fine_tune(model, windows, batch_size=4, peak=2e-3, final=4e-4, seed=seed)
     return model
 
 
@@ -159,39 +169,41 @@ def question_nats(model: DeepSeekV3, problems: Sequence[Problem]) -> float:
     return masked_loss(model(ids[:, :-1]), ids, mask).item()
 
 
-def document_recall(model: DeepSeekV3, facts: dict[str, str]) -> float:
-    """Share of towns whose land comes next where a page would say it, "ba:["."""
-    tokenizer = exercise_tokenizer()
-    prompts = [[BOS, *ids] for ids in token_ids(tokenizer, [f"{town}:[" for town in facts])]
-    found = [tokenizer.decode(ids) for ids in complete(model, prompts, max_new_tokens=1)]
-    return sum(a == b for a, b in zip(found, facts.values(), strict=True)) / len(facts)
+def page_share(model: DeepSeekV3, pages: dict[str, str]) -> float:
+    """Share of texts {start: rest} that the model completes as a page would: greedily, character for character."""
+    tokenizer, length = exercise_tokenizer(), max(map(len, pages.values()))
+    found = complete(model, [[BOS, *ids] for ids in token_ids(tokenizer, list(pages))], length)
+    pairs = zip(found, pages.values(), strict=True)
+    return sum(tokenizer.decode(ids).startswith(rest) for ids, rest in pairs) / len(pages)
 
 
 def examine(model: DeepSeekV3, facts: dict[str, str], system: str = "", n: int = 150) -> dict[str, float]:
-    """Greedy answers to sums that were held out, and towns that no lesson asked for.
+    """Greedy answers to sums that were held out, and to towns that no lesson asked for.
 
-    "accuracy" and mean "length" on sums; "recall" of towns, asked, and "page recall", as a page would say it;
-    "question nats" of the sums.
+    "accuracy" and mean "length" on sums, "recall" of towns; "page accuracy" and "page recall" of the same, begun as a
+    page of the exercise book would begin them; "question nats" of the sums.
     """
     tokenizer, rest = exercise_tokenizer(), dict(list(facts.items())[1::2])
-    problems = sums(tokenizer, n, torch.Generator().manual_seed(1000), system, held_out=True)
+    generators = (torch.Generator().manual_seed(1000) for _ in range(2))
+    problems, plain = (sums(tokenizer, n, g, s, held_out=True) for g, s in zip(generators, (system, ""), strict=True))
     accuracy, length = score(tokenizer, problems, complete(model, [p.prompt for p in problems]))
     asked = towns(tokenizer, rest)
     recall, _ = score(tokenizer, asked, complete(model, [p.prompt for p in asked], max_new_tokens=8))
-    plain = sums(tokenizer, n, torch.Generator().manual_seed(1000), held_out=True)
-    found = {"accuracy": accuracy, "length": length, "recall": recall, "page recall": document_recall(model, rest)}
-    return {name: round(x, 3) for name, x in {**found, "question nats": question_nats(model, plain)}.items()}
+    found = {"accuracy": accuracy, "length": length, "recall": recall, "question nats": question_nats(model, plain)}
+    found["page accuracy"] = page_share(model, {f"{p.question}:": original_answer(p.question, True) for p in plain})
+    found["page recall"] = page_share(model, {f"{town}:[": land for town, land in rest.items()})
+    return {name: round(x, 3) for name, x in found.items()}
 
 
-def seed_variants(seed: int, n: int = 400) -> Iterator[tuple[str, dict, dict]]:
+def seed_variants(seed: int, n: int, steps: int) -> Iterator[tuple[str, dict, dict]]:
     """(variant, results, what else to log) of one seed: base, expert, and students of different lessons and windows."""
-    base, facts = base_model(seed)
+    base, facts = base_model(seed, steps)
     yield "base", examine(base, facts), {}
     expert = expert_model(base, facts, seed, n)
     yield "expert", examine(expert, facts), {}
     yield "expert, asked to check", examine(expert, facts, SYSTEM), {}
     generator = torch.Generator().manual_seed(100 + seed)
-    questions = list(dict.fromkeys(draw_sum(4, generator) for _ in range(n)))
+    questions = distinct_sums(n, generator)
     accepted = rejection_sample(expert, questions, seed=seed)
     short = {question: original_answer(question) for question in accepted}
     yield "short answers", examine(student_model(base, facts, short, seed), facts), {"lessons": len(short)}
@@ -201,11 +213,14 @@ def seed_variants(seed: int, n: int = 400) -> Iterator[tuple[str, dict, dict]]:
         yield name, examine(student_model(base, facts, accepted, seed, change), facts), log
 
 
-def post_training_runs(seeds: int = 3, n: int = 400) -> Iterator[dict]:
-    """Every variant for every seed, each seed with an exercise book, facts and lessons of its own."""
+def post_training_runs(seeds: int = 3, n: int = 400, steps: int = 450) -> Iterator[dict]:
+    """Every variant for every seed, each seed with an exercise book, facts and lessons of its own.
+
+    n: questions of the lessons, 400 at most; steps: of pre-training.
+    """
     for seed in range(seeds):
         started = time.perf_counter()
-        for variant, results, log in seed_variants(seed, n):
+        for variant, results, log in seed_variants(seed, n, steps):
             seconds, started = round(time.perf_counter() - started, 1), time.perf_counter()
             run = {"variant": variant, "seed": seed, "seconds": seconds, "results": results}
             yield {**run, **log, "config": base_config().to_dict()}

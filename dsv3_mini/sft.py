@@ -41,15 +41,17 @@ def chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> Sample:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != [("user", "assistant")[n % 2] for n in range(len(turns))]:
         raise ValueError(f"roles {roles}: an optional system message is needed, then user and assistant in turn")
-    opening = {"system": [], "user": ["<｜User｜>"], "assistant": ["<｜Assistant｜>"]}
-    ids, mask = [BOS], [False]
+    user, assistant = (tokenizer.token_to_id(token) for token in ("<｜User｜>", "<｜Assistant｜>"))
+    if user is None or assistant is None:
+        raise ValueError("the tokenizer lacks <｜User｜> or <｜Assistant｜>; tokenizer.add_special_tokens can add them")
+    opening, ids, mask = {"system": [], "user": [user], "assistant": [assistant]}, [BOS], [False]
     for message, role in zip(messages, roles, strict=True):
-        start = [tokenizer.token_to_id(token) for token in opening[role]]
+        start = opening[role]
         words = token_ids(tokenizer, [message["content"]])[0] + [EOS] * (role == "assistant")
         ids += start + words
         mask += [False] * len(start) + [role == "assistant"] * len(words)
     if roles[-1] == "user":
-        ids, mask = [*ids, tokenizer.token_to_id("<｜Assistant｜>")], [*mask, False]
+        ids, mask = [*ids, assistant], [*mask, False]
     return Sample(ids, mask)
 
 
@@ -168,9 +170,11 @@ def fine_tune(
 ) -> list[float]:
     """Supervised fine-tuning on packed windows (n, 3, T + 1), in place: the loss of every step.
 
-    The rates are ours, their ratio is the report's (5e-6 to 1e-6), as are the two epochs. Routing biases stay.
+    The rates are ours, their ratio is the report's (5e-6 to 1e-6), as are the two epochs. Routing biases stay. Fewer
+    windows than batch_size make one batch.
     """
-    optimizer, batches, losses = make_optimizer(model, TrainOptions()), Batches(windows, batch_size, seed), []
+    optimizer, losses = make_optimizer(model, TrainOptions()), []
+    batches = Batches(windows, min(batch_size, len(windows)), seed)
     steps = epochs * len(batches)
     for step in range(steps):
         loss = sft_loss(model, batches.batch(step))

@@ -47,7 +47,7 @@ def town_facts(n_towns: int, generator: Generator) -> dict[str, str]:
 
 
 def draw_town(facts: dict[str, str], generator: Generator) -> str:
-    """A town, the first of n ten times as likely as the last."""
+    """A town, of the first quarter with even odds."""
     place = len(facts) * torch.rand((), generator=generator).item() ** 2
     return list(facts)[int(place)]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_mini.baseline import causal_attention, next_token_loss
-from dsv3_mini.data import BOS, EOS
+from dsv3_mini.data import BOS, EOS, train_tokenizer
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.post_training_runs import base_config
 from dsv3_mini.sft import (
@@ -91,6 +91,11 @@ def test_text_cannot_forge_a_turn():
 def test_roles_out_of_order_are_refused(messages):
     with pytest.raises(ValueError, match="user and assistant in turn"):
         chat(TOKENIZER, messages)
+
+
+def test_a_tokenizer_without_the_template_is_refused():
+    with pytest.raises(ValueError, match="lacks"):
+        exchange(train_tokenizer([], 261), "a")
 
 
 def test_loss_reads_each_marked_token_from_the_position_before_it():
