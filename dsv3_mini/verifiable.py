@@ -3,7 +3,6 @@
 Generated from chapters/14_post_training.ipynb; edit the chapter, not this file.
 """
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 from zlib import crc32
@@ -47,7 +46,7 @@ def town_facts(n_towns: int, generator: Generator) -> dict[str, str]:
 
 
 def draw_town(facts: dict[str, str], generator: Generator) -> str:
-    """A town, of the first quarter with even odds."""
+    """A town; every other one is of the first quarter."""
     place = len(facts) * torch.rand((), generator=generator).item() ** 2
     return list(facts)[int(place)]
 
@@ -128,7 +127,7 @@ def is_correct(tokenizer: Tokenizer, problem: Problem, completion: Sequence[int]
     if EOS not in completion:
         return False
     text = tokenizer.decode(list(completion)[: list(completion).index(EOS)], skip_special_tokens=False)
-    return re.findall(r"\[([^\[\]]*)\]", text) == [problem.answer] and text.endswith("]")
+    return text.endswith(f"[{problem.answer}]") and text.count("[") == text.count("]") == 1
 
 
 def score(

@@ -45,7 +45,7 @@ def test_steps_are_true_and_end_in_the_answer(terms):
     "text, right",
     [
         *[("[1]", True), ("3+4=2+4=1[1]", True), ("[2]", False), ("1", False), ("", False)],
-        *[("[0][1]", False), ("[1] or so", False), ("[ 1]", False), ("[[1]]", True), ("[1", False)],
+        *[("[0][1]", False), ("[1] or so", False), ("[ 1]", False), ("[[1]]", False), ("[1", False)],
     ],
 )
 def test_rule_wants_one_box_at_the_end(text, right):
