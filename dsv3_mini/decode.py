@@ -89,7 +89,9 @@ class Decoder:
         self.cos, self.sin = (part.to(plan.dtype).repeat_interleave(2, dim=-1) for part in table)
 
     def check(self, starts: Sequence[int], length: int) -> int:
-        """Where the longest row ends with its new tokens. ValueError beyond the capacity."""
+        """Where the longest row ends with its new tokens. ValueError before the first position or beyond the last."""
+        if min(starts) < 0:
+            raise ValueError(f"starts={list(starts)} must be 0 or more")
         if (end := max(starts) + length) > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache of {self.capacity}")
         return end

@@ -11,8 +11,9 @@ from numba import njit
 # What would a token cost if nothing were dispatched?
 
 
-# "reassoc" lets a sum be taken in any order, and so in wide registers. Compiled code is kept on disk for a module, but
-# not for a notebook's cells: there the cache would not notice when a function that another one calls is edited.
+# "reassoc" lets a sum be taken in any order, and so in wide registers; "contract" fuses a product with its sum, "arcp"
+# and "nsz" forgive the last bit of a division and the sign of zero. NaN and infinity keep their meaning. Machine code
+# is kept on disk for a module, not for a notebook's cells, where an edit of a called function would go unnoticed.
 compiled = njit(
     fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, cache=__name__ != "__main__"
 )

@@ -19,7 +19,7 @@ from dsv3_mini.decode import DecodePlan, Decoder
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.sampling import Sampler
 
-# How can a draft be checked without changing the text?
+# How is a token chosen, and a draft checked?
 
 
 def check_request(
@@ -175,6 +175,7 @@ class Plan(Protocol):
     """What `stream` needs of a model prepared for decoding, such as `DecodePlan`."""
 
     config: ModelConfig
+    device: torch.device
     mtp: Sequence
 
     def decoder(self, batch: int, capacity: int, n_mtp: int = 0) -> Decoder: ...

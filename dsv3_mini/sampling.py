@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# How is a token chosen?
+# How is a token chosen, and a draft checked?
 
 
 def next_distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -30,9 +30,6 @@ def draw(weights: Tensor, u: float) -> int:
     total = weights.cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(total, u * total[-1], right=True).item()
     return min(token, len(weights) - 1)
-
-
-# How can a draft be checked without changing the text?
 
 
 def accept_draft(draft: int, p: Tensor, q: Tensor, source: random.Random) -> tuple[bool, int]:

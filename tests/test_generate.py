@@ -172,6 +172,8 @@ def test_cache_bytes_equal_the_formula_and_its_capacity_is_kept(model, plan):
     assert decoder.n_bytes == 2 * 7 * kv_cache_bytes_per_token(model.config, bytes_per_element=8)
     with pytest.raises(ValueError, match="8 positions do not fit the cache of 7"):
         decoder.step(torch.zeros(2, 2, dtype=torch.long), [1, 6])
+    with pytest.raises(ValueError, match=r"starts=\[-1, 2\] must be 0 or more"):
+        decoder.step(torch.zeros(2, 2, dtype=torch.long), [-1, 2])
 
 
 # Greedy text
@@ -381,6 +383,17 @@ def test_compiled_loops_copy_no_expert(model):
 def test_compiled_loops_refuse_a_model_that_is_not_on_the_cpu():
     with pytest.raises(ValueError, match="not on meta; a DecodePlan runs there"):
         CompiledPlan(DeepSeekV3(ModelConfig.preset("nano", **SHAPES)).to("meta"))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 36), (1, 3, 35), (2, 3, 36), (3, 36)])
+def test_compiled_loops_refuse_states_that_do_not_fit(model, shape):
+    """Machine code would read beyond their end."""
+    decoder, ids = CompiledPlan(model).decoder(1, 9, n_mtp=1), torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"hidden states are .* is needed"):
+        decoder.mtp_step(0, torch.zeros(shape, dtype=torch.float64), ids, [0])
+    for wrong in (torch.zeros(1, 1, 35, dtype=torch.float64), torch.zeros(1, 1, 36)):
+        with pytest.raises(ValueError, match=r"hidden states are .* is needed"):
+            decoder.logits(wrong)
 
 
 def test_speculation_needs_an_mtp_layer():
