@@ -24,7 +24,7 @@ from dsv3_mini.evaluate import complete_statements, function_heads, validation_l
 from dsv3_mini.grpo import GRPO, GRPOOptions, Rollouts, roll_out
 from dsv3_mini.model import DeepSeekV3
 
-# What does a policy make of a bad rule?
+# What if the judge is a model?
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from dsv3_mini.data import BOS, token_ids
 from dsv3_mini.evaluate import is_python
 
-# What does a policy make of a bad rule?
+# What if the judge is a model?
 
 
 class Head(NamedTuple):

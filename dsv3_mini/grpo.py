@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dsv3_mini.generate import stream
 from dsv3_mini.model import DeepSeekV3
 
-# Better than what?
+# What is an answer worth?
 
 
 @dataclass
@@ -219,9 +219,6 @@ class GRPO:
         """The loss that the options ask for."""
         loss_fn = grpo_loss_printed if self.options.printed else grpo_loss
         return loss_fn(logp, old, ref, advantages, mask, self.options.clip, self.options.beta)
-
-
-# Does it learn something new, or say it more often?
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

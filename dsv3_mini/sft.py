@@ -76,9 +76,6 @@ def complete(
     return [row[:length] for row, length in zip(found.tokens.tolist(), found.lengths, strict=True)]
 
 
-# Which tokens may teach?
-
-
 def masked_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean nats of the marked tokens, each given those before it: logits (B, T, V), ids and mask (B, T + 1).
 
@@ -89,9 +86,6 @@ def masked_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         raise ValueError("the mask marks no token: there is nothing to learn from")
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits[marked].to(wide), ids[:, 1:][marked])
-
-
-# May strangers share a window?
 
 
 def pack_samples(samples: Sequence[Sample], seq_len: int) -> Tensor:
