@@ -196,7 +196,7 @@ def bench_kernels(options: argparse.Namespace) -> None:
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
     names = "attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano, mini, plain, training_speed"
-    parser.add_argument("name", help=f"{names} or long_context")
+    parser.add_argument("name", help=f"{names}, long_context, sparse_attention, ledger or whole_system")
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 
@@ -204,13 +204,18 @@ def add_experiment(commands) -> None:
 def experiment(options: argparse.Namespace) -> None:
     """Run all variants and seeds, a line each."""
     from dsv3_mini.experiments import run_experiment
+    from dsv3_mini.ledger_runs import ledger_runs
     from dsv3_mini.long_context_runs import long_context_runs
+    from dsv3_mini.sparse_runs import sparse_attention_runs
+    from dsv3_mini.whole_system import whole_system_runs
 
     def show(run: dict) -> None:
         result = {name: run[name] for name in ("valid_loss", "ratio", "results") if name in run}
         print(f"{run['variant']:24} seed {run['seed']}: {result}, {run['seconds']:.0f} s", flush=True)
 
-    print("wrote", run_experiment(options.name, options.out, show, {"long_context": long_context_runs}))
+    later = {"long_context": long_context_runs, "sparse_attention": sparse_attention_runs}
+    later |= {"ledger": ledger_runs, "whole_system": whole_system_runs}
+    print("wrote", run_experiment(options.name, options.out, show, later))
 
 
 def main(arguments: list[str] | None = None) -> int:

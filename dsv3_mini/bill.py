@@ -17,7 +17,7 @@ from dsv3_mini.model import DeepSeekV3
 
 
 def training_flops_per_token(config: ModelConfig, context: int) -> float:
-    """`flops_per_token` in training, with the MTP modules: a mixture layer, the joining matrix and the head for each."""
+    """`flops_per_token` in training, with the MTP modules: for each a mixture layer, its joining matrix, the head."""
     deeper = config.replace(num_hidden_layers=config.num_hidden_layers + 1)
     main = flops_per_token(config, context, training=True)
     layer = flops_per_token(deeper, context, training=True) - main
