@@ -38,8 +38,8 @@ class SparsePlan:
     trained: int = 256
     length: int = 4096
     extend_steps: int = 10
-    n_lessons: int = 12
-    draws: int = 8  # steps of the indexers on each lesson
+    n_lessons: int = 8
+    draws: int = 12  # steps of the indexers on each lesson
     top_k: tuple[int, ...] = (16, 64, 256)  # 64 of 4,096 is V3.2's share, 2,048 of 128K
     dtype: str = "bfloat16"  # of matrix products while tuning
 
