@@ -105,10 +105,10 @@ def test_divergence_is_zero_for_the_attention_itself_and_positive_elsewhere():
 
 
 def test_training_indexers_lowers_the_divergence_and_leaves_the_model_alone():
-    model, windows = build(), ids(6, 33)
+    model, windows = build(), ids(1, 33).repeat(6, 1)
     before = copy.deepcopy(model.state_dict())
-    indexers, losses = train_indexers(model, windows, draws=5, n_queries=16)
-    assert len(indexers) == 2 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    indexers, losses = train_indexers(model, windows, draws=12, n_queries=16)
+    assert len(indexers) == 2 and sum(losses[-12:]) < 0.5 * sum(losses[:12])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

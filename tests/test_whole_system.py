@@ -18,7 +18,7 @@ from dsv3_mini.whole_system import run_phase, run_system
 SIZES = dict(vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=24)
 SIZES |= dict(kv_lora_rank=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
 TINY = Plan(model=SIZES, max_bytes=120_000, steps=2, batch_size=4, seq_len=24, pipeline=1, experts=1, new_tokens=5)
-TINY = replace(TINY, extend_steps=1, extend_batch=2, redundant=4)
+TINY = replace(TINY, extend_steps=1, extend_batch=2, redundant=4, lessons=48, rewarded_steps=1)
 
 
 def test_the_bill_of_v3_is_that_of_the_published_files():
@@ -90,6 +90,6 @@ def test_the_whole_run_in_small(tmp_path, monkeypatch):
     assert results["checkpoint"]["transformers_distance"] < 1e-5 < results["checkpoint"]["fp8_distance"] < 0.1
     assert 1 <= results["placement"]["placed"] <= results["placement"]["in_order"]
     assert len(results["context"]["losses"]) == TINY.extend_steps
-    served = DeepSeekV3.from_pretrained(tmp_path / "run" / "context")
+    served = DeepSeekV3.from_pretrained(tmp_path / "run" / "post-training")
     assert served.config.rope_scaling["factor"] == 4.0 and len(served.mtp_layers) == 1
     assert json.loads((tmp_path / "run/serving/text.json").read_text())["text"]
