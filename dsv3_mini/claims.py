@@ -136,15 +136,14 @@ SYSTEM = [
 
 
 REST = [
-    Claim(32, "5 post-training", "group-relative rewards need no critic", "equations 26 to 28", 14, None, "chapter 14"),
+    Claim(32, "5 post-training", "group-relative rewards need no critic", "equations 26 to 28", 14, evidence.rewarded),
     Claim(
         33,
         "5 post-training",
         "distilled reasoning: more right, longer",
         "MATH-500 74.6 to 83.2, 769 to 1510 tokens",
         14,
-        None,
-        "chapter 14",
+        evidence.distilled,
     ),
     Claim(34, "3 infrastructure", "EPLB evens the load", "1.208 and 1.242 on its example", 9, proofs.placement),
     Claim(35, "3 infrastructure", "redundant experts lower the peak", "32 on 32 GPUs", 9, proofs.redundancy),
@@ -171,11 +170,10 @@ REST = [
     Claim(
         41,
         "5 post-training",
-        "benchmark scores",
-        "MATH-500 90.2, SimpleQA 24.9",
+        "post-training lifts skill more than facts",
+        "best in maths, behind in facts; by proxy",
         14,
-        None,
-        "14.8T tokens of knowledge; a proxy is in chapter 14",
+        evidence.skill_and_facts,
     ),
     Claim(
         42,

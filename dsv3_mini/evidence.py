@@ -174,6 +174,30 @@ def two_sizes(logs: Logs) -> list[Finding]:
     return [Effect("MTP's accuracy, small model", small, +1), Effect("MTP's accuracy, nano", large, +1)]
 
 
+def rewarded(logs: Logs) -> list[Finding]:
+    gained = logs.difference("grpo", "GRPO", "fine-tuned", lambda run: run["results"]["correct"])
+    return [Effect("share correct, GRPO - SFT", gained, +1)]
+
+
+def distilled(logs: Logs) -> list[Finding]:
+    def result(name: str):
+        return lambda run: run["results"][name]
+
+    pair = "post_training", "distilled", "short answers"
+    return [
+        Effect("accuracy, distilled - short answers", logs.difference(*pair, result("accuracy")), +1),
+        Effect("length, distilled - short answers", logs.difference(*pair, result("length")), +1),
+    ]
+
+
+def skill_and_facts(logs: Logs) -> list[Finding]:
+    def gain(name: str) -> list[float]:
+        return logs.difference("post_training", "distilled", "short answers", lambda run: run["results"][name])
+
+    pairs = zip(gain("accuracy"), gain("recall"), strict=True)
+    return [Effect("gain in sums - gain in facts", [sums - facts for sums, facts in pairs], +1)]
+
+
 def phase_shares(logs: Logs) -> list[Finding]:
     shares = [seconds_by_phase(run["phases"]) for run in logs("whole_system")["runs"]]
     pairs = ("pre-training", "context extension"), ("context extension", "post-training")

@@ -40,7 +40,7 @@ class Number:
 
     @property
     def measured(self) -> str:
-        return f"{self.value:,.6g}"
+        return f"{self.value:,.0f}" if abs(self.value) >= 1000 else f"{self.value:.4g}"
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,17 @@ from dsv3_mini.evaluate import validation_loss
 from dsv3_mini.fp8 import to_fp8
 from dsv3_mini.generate import generate, load_tokenizer
 from dsv3_mini.grid import assemble
+from dsv3_mini.grpo import GRPO, GRPOOptions
 from dsv3_mini.launch import from_first
 from dsv3_mini.long_context import extend, long_windows, position_losses, stretch
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.moe import record_routing
 from dsv3_mini.recipe import TrainOptions, sequences_before
 from dsv3_mini.resume import read_log
+from dsv3_mini.rewards import by_rule
+from dsv3_mini.sft import complete, exchange, fine_tune, pack_samples
 from dsv3_mini.train import start_run
+from dsv3_mini.verifiable import CHAT_TOKENS, is_correct, score, sums
 from dsv3_mini.workers import Workers
 
 # What stands behind what?
@@ -58,6 +62,11 @@ class Plan:
     factor: float = 4.0
     extend_steps: int = 6
     extend_batch: int = 4
+    # post-training
+    lessons: int = 160
+    epochs: int = 8
+    answer: int = 8  # tokens at most
+    rewarded_steps: int = 12
     # serving
     new_tokens: int = 64
 
@@ -77,7 +86,8 @@ def make_data(plan: Plan, folder: Path, out: Path) -> dict:
     """Chapter 01: a tokenizer, held-out windows (n, T + 1), and long windows to extend the context on."""
     options = plan.options()
     corpus = read_sources(options.data, options.max_bytes)
-    tokenizer = train_tokenizer(corpus.train, options.config().vocab_size)
+    tokenizer = train_tokenizer(corpus.train, options.config().vocab_size - len(CHAT_TOKENS))
+    tokenizer.add_special_tokens(list(CHAT_TOKENS))
     tokenizer.save(str(out / "tokenizer.json"))
     documents, length = encode(tokenizer, corpus.valid), int(plan.factor * plan.seq_len)
     count = plan.extend_steps * plan.extend_batch
@@ -183,27 +193,46 @@ def extend_context(plan: Plan, folder: Path, out: Path) -> dict:
     return {"far_loss": losses, **cost}
 
 
-LAST = "context"  # the phase whose model is served
+def post_train(plan: Plan, folder: Path, out: Path) -> dict:
+    """Chapter 14: worked examples, then rewards by a rule; share of right answers at temperature 1 after each."""
+    model, tokenizer = open_model(folder / "context"), load_tokenizer(folder / "tokenizer")
+    generator = torch.Generator().manual_seed(plan.seed)
+    lessons, test = (sums(tokenizer, n, generator, n_terms=2) for n in (plan.lessons, 64))
+
+    def right() -> float:
+        answers = complete(model, [p.prompt for p in test], plan.answer, temperature=1.0, seed=plan.seed)
+        return score(tokenizer, test, answers)[0]
+
+    shares = {"base": right()}
+    worked = [exchange(tokenizer, p.question, f"[{p.answer}]") for p in lessons]
+    losses = fine_tune(model, pack_samples(worked, plan.seq_len), plan.epochs, seed=plan.seed)
+    shares["sft"] = right()
+    options = GRPOOptions(group_size=8, max_new_tokens=plan.answer)
+    trainer = GRPO(model, by_rule(partial(is_correct, tokenizer)), options, plan.seed)
+    rewards = [trainer.step(sums(tokenizer, 8, generator, n_terms=2))["reward"] for _ in range(plan.rewarded_steps)]
+    shares["grpo"] = right()
+    model.save_pretrained(out, torch.float8_e4m3fn)
+    return {"right": shares, "sft_loss": [round(x, 4) for x in (losses[0], losses[-1])], "rewards": rewards}
 
 
 def serve(plan: Plan, folder: Path, out: Path) -> dict:
-    """Chapter 13: greedy decoding, plain and with drafts from the MTP layer; the same text, or ValueError."""
-    model, valid = open_model(folder / LAST), read_windows(folder, "valid")
-    prompt, prepared = valid[:1, : plan.seq_len // 2], DecodePlan(model)
-    plain, drafted = (generate(prepared, prompt, plan.new_tokens, speculative=s, stop=()) for s in (False, True))
-    if not torch.equal(plain.tokens, drafted.tokens):
-        raise ValueError("speculative decoding changed the text")
-    tokenizer, capacity = load_tokenizer(folder / "tokenizer"), prompt.shape[1] + plan.new_tokens
-    write_json(
-        out / "text.json",
-        {"prompt": tokenizer.decode(prompt[0].tolist()), "text": tokenizer.decode(plain.tokens[0].tolist())},
-    )
-    return {
-        "tokens_per_second": [round(plan.new_tokens / g.seconds, 1) for g in (plain, drafted)],
-        "drafted": drafted.drafted,
-        "accepted": drafted.accepted,
-        "cache_bytes_per_token": Decoder(prepared, 1, capacity).n_bytes / capacity,
-    }
+    """Chapter 13: greedy decoding, plain and with drafts from the MTP layer, of the last two phases' models.
+
+    ValueError if the drafts change the text.
+    """
+    tokenizer, prompt = load_tokenizer(folder / "tokenizer"), read_windows(folder, "valid")[:1, : plan.seq_len // 2]
+    texts, found = {}, {}
+    for name in ("context", "post-training"):
+        prepared = DecodePlan(open_model(folder / name))
+        plain, drafted = (generate(prepared, prompt, plan.new_tokens, speculative=s, stop=()) for s in (False, True))
+        if not torch.equal(plain.tokens, drafted.tokens):
+            raise ValueError(f"speculative decoding changed the text of the model {name!r}")
+        texts[name] = tokenizer.decode(plain.tokens[0].tolist())
+        found[name] = {"drafted": drafted.drafted, "accepted": drafted.accepted}
+        found[name]["tokens_per_second"] = [round(plan.new_tokens / g.seconds, 1) for g in (plain, drafted)]
+    write_json(out / "text.json", {"prompt": tokenizer.decode(prompt[0].tolist()), **texts})
+    capacity = prompt.shape[1] + plan.new_tokens
+    return {**found, "cache_bytes_per_token": Decoder(prepared, 1, capacity).n_bytes / capacity}
 
 
 @torch.no_grad()
@@ -214,7 +243,7 @@ def run_kernels(plan: Plan, folder: Path, out: Path) -> dict:
         from dsv3_mini.kernels.mla_decode import attend
     except ModuleNotFoundError as error:  # Triton has wheels for Linux only
         return {"skipped": str(error)}
-    model, ids = open_model(folder / LAST), read_windows(folder, "valid")[:1, :9]
+    model, ids = open_model(folder / "post-training"), read_windows(folder, "valid")[:1, :9]
     tokens = [generate(DecodePlan(model, attend=way), ids, 3, stop=()).tokens for way in (None, attend)]
     plain = to_fp8(copy.deepcopy(model))(ids)
     kernels = use_kernels(to_fp8(model), interpret=True)(ids)

@@ -15,7 +15,7 @@ import torch
 
 from dsv3_mini.bill import make_bill
 from dsv3_mini.checkpoint import write_json
-from dsv3_mini.phases import Plan, extend_context, make_data, place, pretrain, run_kernels, serve, store
+from dsv3_mini.phases import Plan, extend_context, make_data, place, post_train, pretrain, run_kernels, serve, store
 from dsv3_mini.step_speed import matmul_rate
 
 # What stands behind what?
@@ -27,6 +27,7 @@ PHASES: dict[str, Callable[[Plan, Path, Path], dict]] = {
     "checkpoint": store,
     "placement": place,
     "context": extend_context,
+    "post-training": post_train,
     "serving": serve,
     "kernels": run_kernels,
 }

@@ -15,6 +15,14 @@ from dsv3_mini.ledger import VERDICTS, Bound, Effect, Logs, Number, flat, judge,
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "assets/runs"
 BY_NUMBER = {claim.number: claim for claim in CLAIMS}
+MIRRORED = (7, 10, 13, 29, 32, 33, 39, 41)  # they rest on differences between variants
+TOLD = {
+    "reproduced": [1, 2, 4, 5, 7, 8, 10, 11, 13, *range(18, 20), *range(21, 30), 32, 33, 34, 35, 37, 38, 39, 41],
+    "same direction": [20],
+    "inside the noise": [6, 17, 30, 31, 40, 42],
+    "not seen": [3, 9, 12, 14, 15, 16],
+    "not testable here": [36],
+}
 FROM_LOGS = [claim for claim in CLAIMS if claim.measure and claim.measure.__module__ == evidence.__name__]
 
 
