@@ -8,6 +8,7 @@ import torch
 from dsv3_mini.baseline import causal_mask
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import apply_rope, rope_frequencies, rope_table
+from dsv3_mini.long_context import attention_weights, record_attention
 from dsv3_mini.mla import attend_absorbed
 from dsv3_mini.model import DeepSeekV3
 from dsv3_mini.sparse_attention import (
@@ -17,7 +18,6 @@ from dsv3_mini.sparse_attention import (
     indexer_loss,
     make_sparse,
     score_by_attention,
-    score_by_indexer,
     score_by_recency,
     train_indexers,
     turn_halves,
@@ -123,12 +123,15 @@ def test_a_sparse_model_with_room_for_all_is_the_model(scorer):
     assert not torch.allclose(few[:, -1], model(text)[:, -1], atol=1e-3)
 
 
-def test_the_true_attention_is_chosen_by_its_own_size():
+def test_choosing_by_attention_holds_the_most_that_k_positions_can():
     model, text = build(), ids(1, 21)
-    indexer = LightningIndexer(model.config)
-    for scorer in (score_by_attention, score_by_indexer(indexer)):
-        loss = (make_sparse(copy.deepcopy(model), [scorer] * 2, 20)(text) - model(text)).norm().item()
-        assert loss < 0.5 * model(text).norm().item()
+    with torch.no_grad(), record_attention(model) as found:
+        model.model(text)
+    for attention, x, rope in found:
+        weights = attention_weights(attention, x, rope, torch.arange(21)).mean(0)  # (T, T)
+        chosen, seen = choose_positions(score_by_attention(attention, x, rope, torch.arange(21)), 3)
+        held = (weights.gather(1, chosen[0]) * seen[0]).sum(1)
+        torch.testing.assert_close(held, weights.topk(3).values.sum(1))
 
 
 def test_what_is_not_built_is_refused():
