@@ -76,6 +76,7 @@ class MLA(nn.Module):
         self.config, self.n_heads, self.scale = config, h, softmax_scale(config)
         self.nope_dim, self.rope_dim, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.kv_lora_rank = config.kv_lora_rank
+        self.core = causal_attention  # of the expanded form; chapter 14 puts a narrower mask in its place
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(d, h * config.qk_head_dim, bias=False)
         else:
@@ -118,7 +119,7 @@ class MLA(nn.Module):
         kv = self.kv_b_proj(c_kv).unflatten(-1, (self.n_heads, -1))  # (B, S, H, nope + v)
         k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, self.n_heads, -1)  # (B, S, H, rope)
-        return causal_attention(torch.cat((q_nope, q_pe), -1), torch.cat((k_nope, k_pe), -1), v, self.scale)
+        return self.core(torch.cat((q_nope, q_pe), -1), torch.cat((k_nope, k_pe), -1), v, self.scale)
 
     def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor) -> Tensor:
         """The function above with this layer's weights: (B, T, H, v)."""
