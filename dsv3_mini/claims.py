@@ -161,7 +161,7 @@ REST = [
     Claim(
         39,
         "1 cost",
-        "11 times fewer GPU-hours than a dense 405B",
+        "a mixture beats a dense model of equal FLOPs",
         "2448 against 250 GFLOP a token",
         11,
         evidence.dense_models,

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import dsv3_mini.whole_system as whole_system
+from dsv3_mini.__main__ import main
 from dsv3_mini.bill import fp8_checkpoint_bytes, make_bill, training_flops_per_token
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import DeepSeekV3
@@ -81,6 +82,11 @@ def test_processor_seconds_of_other_processes_are_added(tmp_path, monkeypatch):
     assert 42.5 <= entry["processor"] < 44 and entry["seconds"] < 5
 
 
+def test_the_command_line_knows_this_chapters_experiments(tmp_path, capsys):
+    assert main(["experiment", "luck", "--out", str(tmp_path)]) == 2
+    assert "ledger, sparse_attention, whole_system" in capsys.readouterr().err
+
+
 def test_the_whole_run_in_small(tmp_path, monkeypatch):
     fake(monkeypatch, **{name: phase for name, phase in whole_system.PHASES.items() if name != "kernels"})
     results = run_system(TINY, tmp_path / "run")
@@ -92,4 +98,5 @@ def test_the_whole_run_in_small(tmp_path, monkeypatch):
     assert len(results["context"]["losses"]) == TINY.extend_steps
     served = DeepSeekV3.from_pretrained(tmp_path / "run" / "post-training")
     assert served.config.rope_scaling["factor"] == 4.0 and len(served.mtp_layers) == 1
-    assert json.loads((tmp_path / "run/serving/text.json").read_text())["text"]
+    assert set(json.loads((tmp_path / "run/serving/text.json").read_text())) == {"prompt", "context", "post-training"}
+    assert set(results["post-training"]["right"]) == {"base", "sft", "grpo"}
