@@ -15,6 +15,7 @@ from dsv3_mini.ledger import Bound, Effect, Finding, Logs, Number, flat
 
 
 def attention_order(logs: Logs) -> list[Finding]:
+    """Claim 3: MLA ≥ MHA > GQA > MQA."""
     pairs = ("mla", "mha"), ("mha", "gqa"), ("gqa", "mqa")
     return [Effect(f"loss, {a} - {b}", logs.difference("attention", a, b, "valid_loss"), -1) for a, b in pairs]
 
@@ -25,6 +26,7 @@ def mean_violation(run: dict) -> float:
 
 
 def balancing(logs: Logs) -> list[Finding]:
+    """Claim 6: a bias balances better than a loss, at no cost."""
     violation = logs.difference("balance", "bias", "auxiliary", mean_violation)
     loss = logs.difference("balance", "bias", "auxiliary", "valid_loss")
     return [
@@ -35,6 +37,7 @@ def balancing(logs: Logs) -> list[Finding]:
 
 
 def bias_speed(logs: Logs) -> list[Finding]:
+    """Claim 7: the bias has a right speed."""
     return [
         Effect("MaxVio, too slow - right", logs.difference("gamma", "0.0001", "0.01", mean_violation), +1),
         Effect("MaxVio, too fast - right", logs.difference("gamma", "0.1", "0.01", mean_violation), +1),
@@ -42,6 +45,7 @@ def bias_speed(logs: Logs) -> list[Finding]:
 
 
 def balance_scope(logs: Logs) -> list[Finding]:
+    """Claim 9: balance over batches is enough."""
     return [
         Effect("loss, sequence - bias", logs.difference("balance", "sequence", "bias", "valid_loss"), +1, 0.005),
         Effect("loss, sequence - batch", logs.difference("balance", "sequence", "auxiliary", "valid_loss"), +1, 0.005),
@@ -49,6 +53,8 @@ def balance_scope(logs: Logs) -> list[Finding]:
 
 
 def specialised(logs: Logs) -> list[Finding]:
+    """Claim 10: free experts specialise more."""
+
     def information(run: dict) -> float:
         return statistics.fmean(run["specialisation"])
 
@@ -57,6 +63,8 @@ def specialised(logs: Logs) -> list[Finding]:
 
 
 def first_layer(logs: Logs) -> list[Finding]:
+    """Claim 12: the first layer balances slowest, so it is dense."""
+
     def excess(run: dict) -> float:
         """Mean MaxVio in training of layer 0, over that of the layers behind it."""
         layers = list(zip(*(violations for _, violations in run["max_violation"]), strict=True))
@@ -68,6 +76,8 @@ def first_layer(logs: Logs) -> list[Finding]:
 
 
 def dropped(logs: Logs) -> list[Finding]:
+    """Claim 13: with balance, no token need be dropped."""
+
     def share(run: dict) -> float:
         """Choices beyond a capacity of one mean load an expert, held-out text, mean of the layers."""
         shares = []
@@ -81,11 +91,13 @@ def dropped(logs: Logs) -> list[Finding]:
 
 
 def gate_function(logs: Logs) -> list[Finding]:
+    """Claim 14: sigmoid affinities suit the bias better."""
     loss = logs.difference("gate", "softmax", "sigmoid", "valid_loss")
     return [Effect("loss, softmax - sigmoid", loss, +1, math.log(9.599 / 9.50))]
 
 
 def prediction_module(logs: Logs) -> list[Finding]:
+    """Claim 15: MTP helps on tasks, not on bits per byte."""
     bits = logs.difference("mtp", "with MTP", "without", "valid_bits_per_byte")
     return [
         flat("change of bits per byte", bits, 0.001),
@@ -94,6 +106,7 @@ def prediction_module(logs: Logs) -> list[Finding]:
 
 
 def speculation(logs: Logs) -> list[Finding]:
+    """Claim 16: a drafted token speeds decoding up."""
     measured = logs("decoding")["measured"]["greedy decoding at 64"]
     return [
         Number("tokens a step", 1 + measured["acceptance"], 1.875, 0.03, baseline=1.0),
@@ -102,6 +115,8 @@ def speculation(logs: Logs) -> list[Finding]:
 
 
 def fp8_loss(logs: Logs) -> list[Finding]:
+    """Claim 17: FP8 training costs next to nothing."""
+
     def end(run: dict) -> float:
         return statistics.fmean(run["losses"][-50:])
 
@@ -113,6 +128,8 @@ def fp8_loss(logs: Logs) -> list[Finding]:
 
 
 def long_context(logs: Logs) -> list[Finding]:
+    """Claim 29: a short tuning reads 16 times further."""
+
     def result(name: str):
         return lambda run: run["results"][name]
 
@@ -125,6 +142,8 @@ def long_context(logs: Logs) -> list[Finding]:
 
 
 def temperature(logs: Logs) -> list[Finding]:
+    """Claim 30: the temperature of YaRN matters."""
+
     def entropy(run: dict) -> float:
         return statistics.fmean(layer[-1] for layer in run["entropy"])  # at the longest distance
 
@@ -134,6 +153,7 @@ def temperature(logs: Logs) -> list[Finding]:
 
 
 def infilling(logs: Logs) -> list[Finding]:
+    """Claim 31: filling gaps costs the loss nothing."""
     loss = logs.difference("fim", "0.1", "0", "valid_loss")
     return [
         flat("change of the loss (nats)", loss, 0.02),
@@ -142,6 +162,7 @@ def infilling(logs: Logs) -> list[Finding]:
 
 
 def stability(logs: Logs) -> list[Finding]:
+    """Claim 38: no irrecoverable spike, no rollback."""
     small = logs("nano")["runs"][0]["log"]
     file = logs.folder.parent / "checkpoints/mini/log.jsonl"
     large = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -160,6 +181,7 @@ def count_spikes(losses: list[float], window: int = 50, deviations: float = 6.0)
 
 
 def dense_models(logs: Logs) -> list[Finding]:
+    """Claim 39: a mixture beats a dense model of equal FLOPs."""
     ours = flops_per_token(ModelConfig.preset("v3"), 4096, training=True)
     loss = logs.difference("dense", "dense, equal activated", "experts", "valid_loss")
     return [
@@ -169,17 +191,21 @@ def dense_models(logs: Logs) -> list[Finding]:
 
 
 def two_sizes(logs: Logs) -> list[Finding]:
+    """Claim 40: ablations agree at two sizes."""
     small = logs.difference("ledger", "small, with MTP", "small, without", "accuracy")
     large = logs.difference("mtp", "with MTP", "without", "accuracy")
     return [Effect("MTP's accuracy, small model", small, +1), Effect("MTP's accuracy, nano", large, +1)]
 
 
 def rewarded(logs: Logs) -> list[Finding]:
+    """Claim 32: group-relative rewards need no critic."""
     gained = logs.difference("grpo", "GRPO", "fine-tuned", lambda run: run["results"]["correct"])
     return [Effect("share correct, GRPO - SFT", gained, +1)]
 
 
 def distilled(logs: Logs) -> list[Finding]:
+    """Claim 33: distilled reasoning: more right, longer."""
+
     def result(name: str):
         return lambda run: run["results"][name]
 
@@ -191,6 +217,8 @@ def distilled(logs: Logs) -> list[Finding]:
 
 
 def skill_and_facts(logs: Logs) -> list[Finding]:
+    """Claim 41: post-training lifts skill more than facts."""
+
     def gain(name: str) -> list[float]:
         return logs.difference("post_training", "distilled", "short answers", lambda run: run["results"][name])
 
@@ -199,6 +227,7 @@ def skill_and_facts(logs: Logs) -> list[Finding]:
 
 
 def phase_shares(logs: Logs) -> list[Finding]:
+    """Claim 42: pre-training costs most, answers least."""
     shares = [seconds_by_phase(run["phases"]) for run in logs("whole_system")["runs"]]
     pairs = ("pre-training", "context extension"), ("context extension", "post-training")
     return [Effect(f"processor seconds, {a} - {b}", [s[a] - s[b] for s in shares], +1) for a, b in pairs]

@@ -35,6 +35,7 @@ def relative(x: Tensor, reference: Tensor) -> float:
 
 
 def cache_size(logs: Logs) -> list[Finding]:
+    """Claim 1: MLA caches one latent a token."""
     v3 = ModelConfig.preset("v3")
     mla, mha = (kv_cache_bytes_per_token(v3, name) for name in ("mla", "mha"))
     groups = mla / (2 * v3.v_head_dim * 2 * v3.num_hidden_layers)
@@ -42,6 +43,7 @@ def cache_size(logs: Logs) -> list[Finding]:
 
 
 def absorption(logs: Logs) -> list[Finding]:
+    """Claim 2: absorbed attention is the same function."""
     shapes = (2, 3, 5, 8), (2, 3, 5, 4), (2, 11, 12), (2, 11, 4), (5, 14, 12)
     tensors = [randn(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
     outs = [attend(*tensors, scale=0.3) for attend in (attend_expanded_reference, attend_absorbed)]
@@ -54,6 +56,7 @@ def turn(x: Tensor, position: int) -> Tensor:
 
 
 def decoupling(logs: Logs) -> list[Finding]:
+    """Claim 4: position must travel apart from content."""
     w, q, c = randn(16, 24), randn(1, 16, seed=1), randn(50, 24, seed=2)
     absorbed = q @ w @ c.T  # what one fixed matrix gives
     rotated = turn(q, 8) @ turn(c @ w.T, 0).T
@@ -61,6 +64,7 @@ def decoupling(logs: Logs) -> list[Finding]:
 
 
 def rope_layout(logs: Logs) -> list[Finding]:
+    """Claim 5: the weights want interleaved pairs."""
     q, k = randn(40, 64), randn(40, 64, seed=1)
     order = torch.cat([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])  # interleaved pairs -> halves
 
@@ -81,6 +85,7 @@ def rope_layout(logs: Logs) -> list[Finding]:
 
 
 def bias_in_weight(logs: Logs) -> list[Finding]:
+    """Claim 8: the bias changes the choice, not the weight."""
     gate = Gate(ModelConfig.preset("nano", n_group=1, topk_group=1))
     x = randn(50, 128)
     with torch.no_grad():
@@ -96,6 +101,7 @@ def bias_in_weight(logs: Logs) -> list[Finding]:
 
 
 def nodes_of_a_token(logs: Logs) -> list[Finding]:
+    """Claim 11: a token visits at most four nodes, at little cost."""
     scores = torch.rand(20_000, 256, generator=torch.Generator().manual_seed(0))
     chosen = scores.topk(8).indices, group_limited_topk(scores, 8, 8, 4)
     free, limited = (distinct_nodes(indices, 256, 8).float() for indices in chosen)
@@ -109,6 +115,7 @@ def nodes_of_a_token(logs: Logs) -> list[Finding]:
 
 
 def outliers(logs: Logs) -> list[Finding]:
+    """Claim 18: fine scales survive outliers."""
     x = randn(64, 1024)
     x[:, 0] = 1e5
     fine = act_dequant(*act_quant(x, 128))[:, 128:] == 0
@@ -118,6 +125,7 @@ def outliers(logs: Logs) -> list[Finding]:
 
 
 def gradient_blocks(logs: Logs) -> list[Finding]:
+    """Claim 19: square blocks spoil gradients."""
     gradient = randn(256, 256) * (4 * randn(256, 1, seed=1)).exp()
     tiles = act_dequant(*act_quant(gradient, 128, min_amax=1e-30))
     blocks = weight_dequant(*weight_quant(gradient))
@@ -130,6 +138,7 @@ def gradient_blocks(logs: Logs) -> list[Finding]:
 
 
 def accumulation(logs: Logs) -> list[Finding]:
+    """Claim 20: short sums err, promotion mends it."""
     a, b = (torch.rand(16, 4096, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     a, b = (t.to(torch.float8_e4m3fn).float() for t in (a, b))
     exact = (a.double() @ b.double().T).float()
@@ -142,12 +151,14 @@ def accumulation(logs: Logs) -> list[Finding]:
 
 
 def power_scales(logs: Logs) -> list[Finding]:
+    """Claim 21: powers of two as scales cost little."""
     x = randn(256, 1024)
     errors = [relative(act_dequant(*act_quant(x, 128, fmt)), x) for fmt in (None, "ue8m0")]
     return [Bound("error added, relative", [errors[1] / errors[0] - 1], 0.1)]
 
 
 def optimizer_precision(logs: Logs) -> list[Finding]:
+    """Claim 22: moments may be BF16, weights may not."""
     target, ends = randn(64, 64, seed=5), {}
     for moments in (torch.float32, torch.bfloat16):
         for master in (torch.float32, torch.bfloat16):
@@ -170,6 +181,7 @@ def optimizer_precision(logs: Logs) -> list[Finding]:
 
 
 def dualpipe(logs: Logs) -> list[Finding]:
+    """Claim 23: DualPipe's bubble and memory."""
     small, large, longer = (simulate(dualpipe_schedule(p, n)) for p, n in ((8, 20), (16, 40), (8, 40)))
     return [
         Number("idle, 8 ranks", max(small.idle), 6),
@@ -180,6 +192,7 @@ def dualpipe(logs: Logs) -> list[Finding]:
 
 
 def overlap(logs: Logs) -> list[Finding]:
+    """Claim 24: messages hide behind products at 1 : 1."""
     compute = 3 * (1 + 1)  # attention and experts: forward, gradients of inputs, gradients of weights
     even, slow = (chunk_costs(1, network, 1, network).overlapped / compute - 1 for network in (1, 3))
     return [
@@ -189,6 +202,7 @@ def overlap(logs: Logs) -> list[Finding]:
 
 
 def traffic(logs: Logs) -> list[Finding]:
+    """Claim 25: 3.2 experts a node for one crossing."""
     scores, home = torch.rand(20_000, 256, generator=torch.Generator().manual_seed(0)), torch.arange(20_000) % 64
     slow, fast = count_copies(group_limited_topk(scores, 8, 8, 4), home, 256, n_nodes=8, n_gpus=64)
     return [
@@ -199,6 +213,7 @@ def traffic(logs: Logs) -> list[Finding]:
 
 
 def cost(logs: Logs) -> list[Finding]:
+    """Claim 26: 2.788M hours, $5.576M."""
     hours = 180e3 * 14.8
     total = hours + 119e3 + 5e3
     return [
@@ -210,11 +225,13 @@ def cost(logs: Logs) -> list[Finding]:
 
 
 def sparsity(logs: Logs) -> list[Finding]:
+    """Claim 27: 671B stored, 37B active."""
     count = count_parameters(ModelConfig.preset("v3"))
     return [Number("stored", count.total, 671e9, 1e-3), Number("activated", count.activated, 37e9, 0.02)]
 
 
 def rate_schedule(logs: Logs) -> list[Finding]:
+    """Claim 28: the learning rate's schedule."""
     middle = (DECAY_START + DECAY_END) / 2
     return [
         Number("rate before 10T", 2.2e-4 * learning_rate_factor(DECAY_START - 1e-6), 2.2e-4),
@@ -225,12 +242,14 @@ def rate_schedule(logs: Logs) -> list[Finding]:
 
 
 def decoding_time(logs: Logs) -> list[Finding]:
+    """Claim 37: the network allows 67 tokens/s."""
     stage = (1 + 2) * 32 * 9 * 7000 / 50e9  # bytes of dispatch and combine, tokens, experts, width, bandwidth
     milliseconds = 1e3 * 2 * 61 * stage
     return [Number("ms a token", milliseconds, 14.76), Number("tokens/s", 1e3 / milliseconds, 67, 0.02)]
 
 
 def placement(logs: Logs) -> list[Finding]:
+    """Claim 34: EPLB evens the load."""
     load = torch.tensor(
         [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
     )
@@ -244,6 +263,7 @@ def placement(logs: Logs) -> list[Finding]:
 
 
 def redundancy(logs: Logs) -> list[Finding]:
+    """Claim 35: redundant experts lower the peak."""
     gains = []
     for seed in range(3):
         load = randn(20, 256, seed=seed).exp()
