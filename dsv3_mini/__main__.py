@@ -203,7 +203,8 @@ def bench_kernels(options: argparse.Namespace) -> None:
 def add_experiment(commands) -> None:
     parser = commands.add_parser("experiment", help="a logged comparison that a chapter draws")
     names = "attention, balance, gamma, fp8, mtp, dense, fim, gate, bias_speed, nano, mini, plain, training_speed"
-    parser.add_argument("name", help=f"{names}, long_context, post_training, grpo or code_reward")
+    later = "long_context, post_training, grpo, code_reward, ledger, sparse_attention"
+    parser.add_argument("name", help=f"{names}, {later} or whole_system")
     parser.add_argument("--out", default="assets/runs", help="folder of NAME.json")
     parser.set_defaults(run=experiment)
 
@@ -213,15 +214,19 @@ def experiment(options: argparse.Namespace) -> None:
     from dsv3_mini.code_reward_runs import code_reward_runs
     from dsv3_mini.experiments import run_experiment
     from dsv3_mini.grpo_runs import grpo_runs
+    from dsv3_mini.ledger_runs import ledger_runs
     from dsv3_mini.long_context_runs import long_context_runs
     from dsv3_mini.post_training_runs import post_training_runs
+    from dsv3_mini.sparse_runs import sparse_attention_runs
+    from dsv3_mini.whole_system import whole_system_runs
 
     def show(run: dict) -> None:
         result = {name: run[name] for name in ("valid_loss", "ratio", "results") if name in run}
         print(f"{run['variant']:24} seed {run['seed']}: {result}, {run['seconds']:.0f} s", flush=True)
 
-    later = {"long_context": long_context_runs, "post_training": post_training_runs}
-    later |= {"grpo": grpo_runs, "code_reward": code_reward_runs}
+    later = {"long_context": long_context_runs, "post_training": post_training_runs, "grpo": grpo_runs}
+    later |= {"code_reward": code_reward_runs, "ledger": ledger_runs}
+    later |= {"sparse_attention": sparse_attention_runs, "whole_system": whole_system_runs}
     print("wrote", run_experiment(options.name, options.out, show, later))
 
 
