@@ -189,7 +189,9 @@ def test_transformers_has_nothing_to_report_on_a_folder_without_prediction_modul
     model, ids = nano(num_nextn_predict_layers=0).to(dtype), torch.arange(40).view(2, 20)
     model.save_pretrained(tmp_path, max_shard_bytes=max_shard_bytes)
     theirs, report = transformers_report(tmp_path)
-    assert report == {} and {p.dtype for p in theirs.parameters()} == {dtype}
+    gates = {p.dtype for name, p in theirs.named_parameters() if name.endswith("gate.weight")}
+    others = {p.dtype for name, p in theirs.named_parameters() if not name.endswith("gate.weight")}
+    assert report == {} and others == {dtype} and gates <= {dtype, torch.float32}  # from 5.24 on it widens the gates
     tolerance = 2e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=tolerance, atol=tolerance)
 

@@ -337,7 +337,7 @@ def test_weight_gradients_of_all_experts_in_one_launch_have_the_bits_of_single_o
     together = layers.segment_gradients(grad, x, ends, 64, fmt)
     assert torch.equal(together, layers.segment_gradients_reference(grad, x, ends, 64, fmt, None))
     expected = [fp8.wgrad(g, t, 64, fmt, fp8.fp8_gemm) for g, t in zip(grad.split(loads), x.split(loads), strict=True)]
-    torch.testing.assert_close(together, torch.stack(expected), rtol=1e-5, atol=1e-4)
+    assert (together - torch.stack(expected)).norm() <= 1e-6 * torch.stack(expected).norm()  # sums in another order
 
 
 def test_wrong_ends_are_refused_on_a_cpu_and_reach_no_other_memory_anywhere(monkeypatch):
