@@ -72,21 +72,17 @@ def places_of_many(cos: Tensor, sin: Tensor, starts: Sequence[int], length: int,
     return Places(cos, sin, cos[:, None], sin[:, None], starts[0], rows[:, None], positions, end, mask)
 
 
-class Decoder:
-    """The caches of B texts, and the steps that fill them. Where a step begins is an argument, so forgetting is free.
+class TextCaches:
+    """The latent caches of B texts, a tensor (B, capacity, C + rope) for each layer, and prompts read into them.
 
     capacity: positions a row can hold; n_mtp: MTP layers that keep a cache too.
     """
 
     def __init__(self, plan: DecodePlan, batch: int, capacity: int, n_mtp: int = 0):
-        c, shape = plan.config, (batch, capacity)
+        c, n_layers = plan.config, len(plan.layers) + n_mtp
         self.plan, self.capacity, self.parts = plan, capacity, [c.kv_lora_rank, c.qk_rope_head_dim]
-        n_layers = len(plan.layers) + n_mtp
-        self.caches = [
-            torch.zeros(*shape, sum(self.parts), dtype=plan.dtype, device=plan.device) for _ in range(n_layers)
-        ]
-        table = plan.model.model.rope(0, capacity)
-        self.cos, self.sin = (part.to(plan.dtype).repeat_interleave(2, dim=-1) for part in table)
+        shape, options = (batch, capacity, sum(self.parts)), {"dtype": plan.dtype, "device": plan.device}
+        self.caches = [torch.zeros(shape, **options) for _ in range(n_layers)]
 
     def check(self, starts: Sequence[int], length: int) -> int:
         """Where the longest row ends with its new tokens. ValueError before the first position or beyond the last."""
@@ -95,6 +91,38 @@ class Decoder:
         if (end := max(starts) + length) > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache of {self.capacity}")
         return end
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Whole prompts (B, T) from position 0, through the model itself -> normed hidden states (B, T, D).
+
+        Rows may be filled up at their end with any token: what follows a row's last token is overwritten later.
+        """
+        return self.plan.model.model(ids, [self.as_cache(cache) for cache in self.caches[: len(self.plan.layers)]])
+
+    def mtp_prefill(self, depth: int, h: Tensor, ids: Tensor) -> Tensor:
+        """`prefill` for an MTP layer: states and the tokens that follow them -> normed states, (B, T, D)."""
+        layer, cache = self.plan.model.mtp_layers[depth], self.as_cache(self.caches[len(self.plan.layers) + depth])
+        return layer.shared_head.norm(layer(h, ids, self.plan.model.model.rope(0, ids.shape[1]), cache))
+
+    def as_cache(self, tensor: Tensor) -> Cache:
+        """The same memory as the cache that chapter 03's attention writes, empty."""
+        cache = Cache((1, 0))
+        cache.tensors = list(tensor.split(self.parts, dim=-1))
+        return cache
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of all caches, filled or not."""
+        return sum(cache.nbytes for cache in self.caches)
+
+
+class Decoder(TextCaches):
+    """The steps that write B texts. Where a step begins is an argument, so forgetting is free."""
+
+    def __init__(self, plan: DecodePlan, batch: int, capacity: int, n_mtp: int = 0):
+        super().__init__(plan, batch, capacity, n_mtp)
+        table = plan.model.model.rope(0, capacity)
+        self.cos, self.sin = (part.to(plan.dtype).repeat_interleave(2, dim=-1) for part in table)
 
     def places(self, starts: Sequence[int], length: int, only_last: bool = False) -> Places:
         """Positions starts[i] .. starts[i] + length - 1 of each row."""
@@ -125,29 +153,6 @@ class Decoder:
         at = self.places(starts, ids.shape[1], only_last)
         return self.plan.mtp[depth](h.flatten(0, 1), ids.flatten(), cache, at).view(len(h), -1, h.shape[-1])
 
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Whole prompts (B, T) from position 0, through the model itself -> normed hidden states (B, T, D).
-
-        Rows may be filled up at their end with any token: what follows a row's last token is overwritten later.
-        """
-        return self.plan.model.model(ids, [self.as_cache(cache) for cache in self.caches[: len(self.plan.layers)]])
-
-    def mtp_prefill(self, depth: int, h: Tensor, ids: Tensor) -> Tensor:
-        """`prefill` for an MTP layer: states and the tokens that follow them -> normed states, (B, T, D)."""
-        layer, cache = self.plan.model.mtp_layers[depth], self.as_cache(self.caches[len(self.plan.layers) + depth])
-        return layer.shared_head.norm(layer(h, ids, self.plan.model.model.rope(0, ids.shape[1]), cache))
-
     def logits(self, h: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return h @ self.plan.head
-
-    def as_cache(self, tensor: Tensor) -> Cache:
-        """The same memory as the cache that chapter 03's attention writes, empty."""
-        cache = Cache((1, 0))
-        cache.tensors = list(tensor.split(self.parts, dim=-1))
-        return cache
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory of all caches, filled or not."""
-        return sum(cache.nbytes for cache in self.caches)
