@@ -155,11 +155,19 @@ class GRPOOptions:
     printed: bool = False
 
     def __post_init__(self):
-        if self.group_size < 2 or self.n_updates < 1:
-            raise ValueError(f"group_size={self.group_size} must be 2 or more, n_updates={self.n_updates} 1 or more")
+        if self.group_size < 2 or self.n_updates < 1 or self.max_new_tokens < 1:
+            counts = f"group_size={self.group_size}, n_updates={self.n_updates}, max_new_tokens={self.max_new_tokens}"
+            raise ValueError(f"{counts}: a group needs 2 outputs or more, the others must be 1 or more")
         if not (self.clip > 0 and self.beta >= 0 and self.learning_rate > 0):
             wrong = f"clip={self.clip}, beta={self.beta}, learning_rate={self.learning_rate}"
             raise ValueError(f"{wrong}: clip and rate must be positive, beta 0 or more")
+
+
+def checked_rewards(rewards: Tensor, n: int) -> Tensor:
+    """A judge's rewards as they are: (n,) finite numbers, else ValueError."""
+    if rewards.shape != (n,) or not rewards.isfinite().all():
+        raise ValueError(f"the judge gave {rewards.tolist()}; {n} finite numbers are needed, one an output")
+    return rewards
 
 
 class GRPO:
@@ -181,7 +189,7 @@ class GRPO:
         prompts, seed = [question.prompt for question in questions], self.seeds.getrandbits(32)
         rollouts = roll_out(self.policy, prompts, o.group_size, o.max_new_tokens, seed, self.stop_when)
         asked = [question for question in questions for _ in range(o.group_size)]
-        rewards = self.judge(asked, rollouts).view(len(questions), o.group_size)  # (Q, G)
+        rewards = checked_rewards(self.judge(asked, rollouts), len(asked)).view(-1, o.group_size)  # (Q, G)
         advantages = group_advantages(rewards, o.divide_by_std)
         return {
             "reward": rewards.mean().item(),

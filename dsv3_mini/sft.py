@@ -37,7 +37,7 @@ def chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> Sample:
     messages: {"role": "system" | "user" | "assistant", "content": text}. After a question the assistant's turn is left
     open, as a prompt. What a text holds stays text: it cannot forge a turn. ValueError for roles in another order.
     """
-    roles = [message["role"] for message in messages]
+    roles = [message.get("role") for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != [("user", "assistant")[n % 2] for n in range(len(turns))]:
         raise ValueError(f"roles {roles}: an optional system message is needed, then user and assistant in turn")
@@ -167,6 +167,10 @@ def fine_tune(
     The rates are ours, their ratio is the report's (5e-6 to 1e-6), as are the two epochs. Routing biases stay. Fewer
     windows than batch_size make one batch.
     """
+    if windows.dim() != 3 or windows.shape[1] != 3 or not len(windows):
+        raise ValueError(
+            f"windows have shape {tuple(windows.shape)}; (n, 3, T + 1), as `pack_samples` makes them, n >= 1"
+        )
     optimizer, losses = make_optimizer(model, TrainOptions()), []
     batches = Batches(windows, min(batch_size, len(windows)), seed)
     steps = epochs * len(batches)

@@ -432,3 +432,13 @@ def test_mistakes_are_the_mistakes_they_are_named_after():
 def test_experiments_are_known_to_the_command(tmp_path, capsys):
     assert main(["experiment", "luck", "--out", str(tmp_path / "runs")]) == 2
     assert "grpo, code_reward" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [1.0, float("nan")], [[1.0, 0.0]]], ids=["too few", "no number", "a row"])
+def test_a_judge_that_gives_no_number_an_output_is_refused_before_any_update(rewards):
+    model = policy()
+    before = [p.clone() for p in model.parameters()]
+    run = GRPO(model, lambda *_: torch.tensor(rewards), GRPOOptions(group_size=2, max_new_tokens=3))
+    with pytest.raises(ValueError, match="2 finite numbers are needed"):
+        run.step([Question([3, 4])])
+    assert all(map(torch.equal, before, model.parameters()))

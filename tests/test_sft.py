@@ -201,3 +201,9 @@ def test_fine_tuning_learns_an_answer_and_to_stop():
     prompts = [exchange(TOKENIZER, q).ids for q in "ab"]
     assert [TOKENIZER.decode(row) for row in complete(model, prompts, 6)] == ["xy", "z"]
     assert all(row[-1] == EOS for row in complete(model, prompts, 6))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 17), (2, 17), (2, 2, 17)])
+def test_windows_that_pack_samples_did_not_make_are_refused(shape):
+    with pytest.raises(ValueError, match=r"as `pack_samples` makes them"):
+        fine_tune(None, torch.zeros(shape, dtype=torch.long))
