@@ -6,7 +6,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -25,6 +24,7 @@ from dsv3_mini.balance import (
 from dsv3_mini.baseline import LanguageModel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.moe import Gate, MoE, Routing, group_limited_topk, moe_feed_forward, record_routing
+from dsv3_mini.workers import Workers
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
@@ -292,24 +292,20 @@ def test_balancer_counts_every_mixture_layer_of_a_language_model_in_order():
         assert torch.equal(layer.mlp.gate.e_score_correction_bias, 0.5 * (load.float().mean() - load).sign())
 
 
-def balance_on_rank(rank, rendezvous, folder):
-    """Two processes that see different tokens; each writes the bias it ends with."""
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def balance_on_rank(rank):
+    """One of two processes that see different tokens: the violation, the bias it ends with, the messages it sent."""
     model = Layers(n_layers=2)
     balancer = BiasBalancer(model, gamma=0.5, group=dist.group.WORLD)
     loads = torch.tensor([[9, 1, 1, 1], [1, 5, 3, 3]]).repeat_interleave(3, dim=1)
     balancer.loads = [loads[rank], loads[rank].flip(0)]  # the second layer sees the mirror image
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message:
         violation = balancer.step()
-    torch.save((violation, biases_of(model), message.call_count), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return violation, biases_of(model), message.call_count
 
 
-def test_processes_that_share_a_batch_add_their_counts_in_one_message_before_the_sign(tmp_path):
-    mp.spawn(balance_on_rank, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
-    (violation, bias, messages), (_, other, _) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
-    )
+def test_processes_that_share_a_batch_add_their_counts_in_one_message_before_the_sign():
+    with Workers(2) as workers:
+        (violation, bias, messages), (_, other, _) = workers.run(balance_on_rank, [(0,), (1,)])
     assert torch.equal(bias, other) and violation == [pytest.approx(10 / 6 - 1)] * 2 and messages == 1
     assert bias[0].tolist() == bias[1].flip(0).tolist() == [-0.5] * 3 + [0.0] * 3 + [0.5] * 6
 
